@@ -1,0 +1,260 @@
+"""Time the experts op against what a user would pick today, on one GPU.
+
+Run ``python benchmarks/experts.py --out benchmarks/results/experts_h200.json``; it needs a GPU and
+transformers. Every output is checked against a float32 reference before it is timed, with freed memory full
+of NaN. Up to 128 tokens CUDA-graph replays are timed, beyond that eager calls: medians of
+``triton.testing.do_bench``, which clears the L2 cache before each run. One process per layer; a peer that
+fails is a row, not the end. A first phase compiles every program in parallel processes, so that the timed
+phase finds warm caches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from peers import HF_COMPILED, LAYERS, PEERS, TOKENS, Layer, Program, applies, build, reference
+from torch import Tensor
+
+GRAPH_TOKENS = 128
+SAMPLE = 384
+MAX_ERROR = 0.02
+MARK = "RESULT "
+
+
+def weights(layer: Layer) -> tuple[Tensor, Tensor]:
+    """Random ``w1 [E, 2I, H]`` and ``w2 [E, H, I]`` in bf16, scaled by the fan-in."""
+    torch.manual_seed(0)
+    w1 = torch.empty(layer.E, 2 * layer.I, layer.H, dtype=torch.bfloat16, device="cuda")
+    w2 = torch.empty(layer.E, layer.H, layer.I, dtype=torch.bfloat16, device="cuda")
+    return w1.normal_(0, layer.H**-0.5), w2.normal_(0, layer.I**-0.5)
+
+
+def inputs(layer: Layer, tokens: int) -> tuple[Tensor, Tensor]:
+    """``x [T, H]`` in bf16 and router logits ``[T, E]`` in float32, N(0, 1): routing is a little uneven."""
+    generator = torch.Generator(device="cuda").manual_seed(tokens)
+    x = torch.randn(tokens, layer.H, generator=generator, device="cuda").bfloat16()
+    return x, torch.randn(tokens, layer.E, generator=generator, device="cuda")
+
+
+def poison() -> None:
+    """Leave NaN in the memory that the next calls will be given."""
+    free, _ = torch.cuda.mem_get_info()
+    sizes = [min(8 << 30, free // 3), *[256 << 20] * 4, *[1 << 19] * 64]
+    blocks = [torch.full((size // 4,), float("nan"), device="cuda") for size in sizes]
+    torch.cuda.synchronize()
+    del blocks
+
+
+def relative_error(out: Tensor, layer: Layer, w1: Tensor, w2: Tensor, x: Tensor, logits: Tensor) -> float:
+    """Relative L2 error on all tokens, or a sample of them; infinite if any output is not finite."""
+    if not bool(torch.isfinite(out).all()):
+        return float("inf")
+    pick = torch.randperm(x.shape[0], device="cuda")[:SAMPLE]
+    expected = reference(layer, w1, w2, x[pick], logits[pick])
+    return float((out[pick].float() - expected).norm() / expected.norm())
+
+
+def graphed(program: Program, x: Tensor, logits: Tensor) -> tuple[Any, Tensor]:
+    """A CUDA graph of one call, and the tensor that its replays write."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            program(x, logits)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = program(x, logits)
+    return graph, out
+
+
+def measure(name: str, layer: Layer, w1: Tensor, w2: Tensor, tokens: int, rep: int) -> dict[str, Any]:
+    """One cell: ``{"ms", "error", "graph"}``."""
+    from triton.testing import do_bench
+
+    x, logits = inputs(layer, tokens)
+    program = build(name, layer, w1, w2)
+    program(x, logits)
+    poison()
+    error = relative_error(program(x, logits), layer, w1, w2, x, logits)
+    if not error <= MAX_ERROR:
+        return {"failed": f"relative error {error:.3g}"}
+    # The eager loop reads sizes back to the host, which a graph cannot hold.
+    if tokens > GRAPH_TOKENS or name == "hf_eager":
+        ms = do_bench(lambda: program(x, logits), warmup=25, rep=rep, return_mode="median")
+        return {"ms": ms, "error": error, "graph": False}
+    graph, out = graphed(program, x, logits)
+    out.fill_(float("nan"))
+    graph.replay()
+    error = relative_error(out, layer, w1, w2, x, logits)
+    if not error <= MAX_ERROR:
+        return {"failed": f"relative error {error:.3g} in a graph replay"}
+    ms = do_bench(graph.replay, warmup=25, rep=rep, return_mode="median")
+    return {"ms": ms, "error": error, "graph": True}
+
+
+def run_layer(layer: Layer, tokens: list[int], peers: list[str], rep: int, compile_only: bool) -> None:
+    """Child process: print one marked JSON line per cell."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    w1, w2 = weights(layer)
+    for count in tokens:
+        x, logits = inputs(layer, count)
+        hit = int(torch.topk(logits, layer.K, dim=-1).indices.unique().numel())
+        for name in peers:
+            if not applies(name, layer, count):
+                continue
+            torch._dynamo.reset()
+            cell: dict[str, Any] = {"layer": layer.name, "tokens": count, "peer": name, "hit": hit}
+            try:
+                if compile_only:
+                    build(name, layer, w1, w2)(x, logits)
+                else:
+                    cell.update(measure(name, layer, w1, w2, count, rep))
+            except Exception as error:  # one failing peer must not end the run
+                cell["failed"] = (
+                    f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+                )
+            torch.cuda.empty_cache()
+            print(MARK + json.dumps(cell), flush=True)
+
+
+def child(
+    layer: str, arguments: argparse.Namespace, peers: list[str], compile_only: bool
+) -> subprocess.Popen[str]:
+    """Start a process for one layer."""
+    command = [sys.executable, __file__, "--child", "--layers", layer, "--peers", ",".join(peers)]
+    command += ["--tokens", ",".join(map(str, arguments.tokens)), "--rep", str(arguments.rep)]
+    if compile_only:
+        command.append("--compile-only")
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def collect(process: subprocess.Popen[str], seconds: float) -> list[dict[str, Any]]:
+    """The cells that a child printed before it ended or its time was up."""
+    try:
+        text, _ = process.communicate(timeout=max(seconds, 1))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        text, _ = process.communicate()
+    return [json.loads(line[len(MARK) :]) for line in text.splitlines() if line.startswith(MARK)]
+
+
+def summary(cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """``{"columns", "rows"}`` with ours against the best of Hugging Face's compiled implementations."""
+    columns = ["layer", "T", "experts hit", "limit ms", *PEERS, "best HF compiled / ours", "ours / limit"]
+    rows = []
+    for key in dict.fromkeys((c["layer"], c["tokens"]) for c in cells):
+        found = {c["peer"]: c for c in cells if (c["layer"], c["tokens"]) == key}
+        hit = next(iter(found.values()))["hit"]
+        limit = LAYERS[key[0]].limit_ms(key[1], hit)
+        times = {name: found[name]["ms"] for name in PEERS if "ms" in found.get(name, {})}
+        shown = [f"{times[n]:.4f}" if n in times else ("failed" if n in found else "-") for n in PEERS]
+        best = min((times[n] for n in HF_COMPILED if n in times), default=None)
+        ours = times.get("ours")
+        gain = f"{best / ours:.2f}" if best and ours else "-"
+        rows.append(
+            [key[0], key[1], hit, f"{limit:.4f}", *shown, gain, f"{ours / limit:.2f}" if ours else "-"]
+        )
+    return {"columns": columns, "rows": rows}
+
+
+def text(table: dict[str, Any]) -> str:
+    """Aligned plain text."""
+    lines = [table["columns"], *table["rows"]]
+    widths = [max(len(str(line[i])) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join(str(c).rjust(w) for c, w in zip(line, widths, strict=True)) for line in lines)
+
+
+def versions() -> dict[str, str]:
+    import transformers
+    import triton
+
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": properties.name,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = ",".join(LAYERS)
+    parser.add_argument(
+        "--layers", type=lambda s: s.split(","), default=list(LAYERS), help=f"default {names}"
+    )
+    parser.add_argument("--tokens", type=lambda s: [int(t) for t in s.split(",")], default=list(TOKENS))
+    parser.add_argument(
+        "--peers", type=lambda s: s.split(","), default=list(PEERS), help=f"default {','.join(PEERS)}"
+    )
+    parser.add_argument("--out", type=Path, help="JSON file")
+    parser.add_argument("--quick", action="store_true", help="olmoe with 1, 128 and 4096 tokens")
+    parser.add_argument("--rep", type=int, default=80, help="milliseconds of timed runs per cell")
+    parser.add_argument("--seconds", type=float, default=480, help="no layer is started after this time")
+    parser.add_argument("--cold", action="store_true", help="leave out the parallel compile phase")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--compile-only", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.quick:
+        arguments.layers, arguments.tokens = ["olmoe"], [1, 128, 4096]
+    for given, known in ((arguments.layers, LAYERS), (arguments.peers, PEERS)):
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            parser.error(f"unknown {', '.join(unknown)}; choose from {', '.join(known)}")
+    return arguments
+
+
+def main() -> int:
+    arguments = arguments_of()
+    if arguments.child:
+        layer = LAYERS[arguments.layers[0]]
+        run_layer(layer, arguments.tokens, arguments.peers, arguments.rep, arguments.compile_only)
+        return 0
+    if not torch.cuda.is_available():
+        print("benchmarks/experts.py needs a GPU", file=sys.stderr)
+        return 1
+    start = time.monotonic()
+    cache = tempfile.mkdtemp(prefix="moe_compile_bench_")
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        os.environ.setdefault(name, os.path.join(cache, name.lower()))
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if not arguments.cold:
+        compiled = [name for name in arguments.peers if name == "ours" or name.endswith("_c")]
+        warm = [child(layer, arguments, [name], True) for layer in arguments.layers for name in compiled]
+        for process in warm:
+            collect(process, arguments.seconds / 3 - (time.monotonic() - start))
+        print(f"compiled in {time.monotonic() - start:.0f} s", flush=True)
+    cells: list[dict[str, Any]] = []
+    result: dict[str, Any] = {"machine": versions(), "cells": cells, "table": summary(cells)}
+    for layer in arguments.layers:
+        left = arguments.seconds - (time.monotonic() - start)
+        if left <= 0:
+            print(f"out of time before {layer}", flush=True)
+            break
+        cells += collect(child(layer, arguments, arguments.peers, False), left)
+        result["table"] = summary(cells)
+        if arguments.out:  # after each layer: a run that is cut off leaves what it has
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"{layer} done after {time.monotonic() - start:.0f} s", flush=True)
+    print(text(result["table"]))
+    for cell in cells:
+        if "failed" in cell:
+            print(f"failed: {cell['layer']} T={cell['tokens']} {cell['peer']}: {cell['failed']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

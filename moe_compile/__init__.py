@@ -1,0 +1,58 @@
+"""moe_compile: a torch.compile backend that runs naive Mixture-of-Experts layers as one fused op.
+
+Nothing is imported until a public name is used: this module is loaded inside ``torch.compile(...)``
+(entry point) and by ``TORCH_LOGS``, so it stays light.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moe_compile.checking import CheckResult, check
+    from moe_compile.explaining import explain
+    from moe_compile.functional import fused_experts
+    from moe_compile.huggingface import optimize, restore
+    from moe_compile.inductor_pass import MoEPass
+    from moe_compile.report import Report, Site
+
+__version__ = "0.1.0"
+
+# No module shares a name with a public function: importing it would hide the function.
+_HOME = {
+    "CheckResult": "checking",
+    "MoEPass": "inductor_pass",
+    "Report": "report",
+    "Site": "report",
+    "check": "checking",
+    "explain": "explaining",
+    "fused_experts": "functional",
+    "optimize": "huggingface",
+    "restore": "huggingface",
+}
+
+__all__ = [
+    "CheckResult",
+    "MoEPass",
+    "Report",
+    "Site",
+    "__version__",
+    "check",
+    "explain",
+    "fused_experts",
+    "optimize",
+    "restore",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,94 @@
+"""``torch.compile(model, backend="moe_compile")``: rewrite Dynamo's graph, then hand it to Inductor.
+
+Imported inside ``torch.compile(...)`` through the entry-point group ``torch_dynamo_backends``, before anything is
+traced; that is when the capture settings (``capture.py``) and the Hugging Face hook (``huggingface.py``) are placed,
+both only for compilations of this backend.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import capture, huggingface, ops, torch_compat
+from .verify import compare_first_call
+from .config import Options, enabled, split_options
+from .inductor_pass import Result, analyse_graph, rewrite_graph
+from .report import REFUSED, Site, record
+
+log = logging.getLogger("moe_compile.backend")
+
+
+class RewriteError(RuntimeError):
+    """A refused candidate or a failed rewrite under ``strict``; the message names each."""
+
+
+def moe_compile(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    **_: Any,
+) -> Callable[..., Any]:
+    """The backend function. ``mode`` and every option without the prefix ``moe_compile.`` go to Inductor.
+
+    Raises:
+        OptionError: an unknown or wrong ``moe_compile.*`` option.
+        RewriteError: with ``strict``, when a candidate was refused or the rewrite failed.
+    """
+    ours, theirs = split_options(options)
+    chosen = Options.resolve(ours)
+    original: fx.GraphModule | None = None
+    if enabled():
+        keep = copy.copy(gm.graph) if chosen.verify else None
+        result = _attempt(gm, chosen)
+        if keep is not None and result.plans:
+            original = fx.GraphModule(gm, keep)
+    compiled = torch_compat.inductor(gm, example_inputs, mode, theirs)
+    return compare_first_call(original, compiled) if original is not None else compiled
+
+
+def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> None:
+    """Record a ``Site`` for every candidate of ``gm``; change nothing."""
+    for site in analyse_graph(gm).sites:
+        record(site)
+
+
+def _attempt(gm: fx.GraphModule, options: Options) -> Result:
+    """Rewrite ``gm`` in place; whatever goes wrong leaves it as it was and becomes a report row."""
+    before = copy.copy(gm.graph)
+    try:
+        result = analyse_graph(gm) if options.dryrun else rewrite_graph(gm)
+    except Exception as error:  # a bug of ours must not fail the user's compile
+        log.warning("rewrite failed, the original program runs: %s: %s", type(error).__name__, error)
+        log.debug("details", exc_info=True)
+        gm.graph = before
+        gm.recompile()
+        result = Result(failed=f"{type(error).__name__}: {error}")
+        result.sites.append(Site(REFUSED, code="MC508", reason=f"the rewrite failed with {result.failed}"))
+        if options.strict:
+            raise RewriteError(result.sites[-1].reason) from error
+    for site in result.sites:
+        record(site)
+    refused = [s for s in result.sites if s.status == REFUSED]
+    if options.strict and refused:
+        lines = "; ".join(f"{s.code} {s.location}: {s.reason}" for s in refused)
+        raise RewriteError(f"{len(refused)} MoE candidate(s) were not rewritten: {lines}")
+    return result
+
+
+def reset() -> None:
+    """What ``torch.compiler.reset()`` calls: nothing is cached between compilations."""
+
+
+moe_compile.reset = reset  # type: ignore[attr-defined]
+capture.install(moe_compile)
+huggingface.install_hook(moe_compile)
+
+__all__ = ["RewriteError", "analyse", "moe_compile", "ops", "torch"]

@@ -1,0 +1,225 @@
+# ruff: noqa: E501  (a table of prose)
+"""The why-not codes: one table for reports, log lines and ``docs/refusals.md``.
+
+``python -m moe_compile.codes > docs/refusals.md`` writes the page; a test keeps it up to date.
+Codes are stable: a number is never given a second meaning. This module imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+GROUPS = {
+    "MC1": "Capture: the graph never reached the backend whole",
+    "MC2": "Structure: the region is not one MoE layer",
+    "MC3": "Semantics: the layer means something else",
+    "MC4": "Data: dtypes, layouts and sizes",
+    "MC5": "Backend: kernels and environment",
+}
+
+
+@dataclass(frozen=True)
+class Code:
+    """One reason.
+
+    Args:
+        code: ``"MC"`` and three digits.
+        title: a few words for a table.
+        meaning: what was found and why the original program stays.
+        example: the smallest source that shows it.
+        fix: what the user can do, in one line.
+    """
+
+    code: str
+    title: str
+    meaning: str
+    example: str
+    fix: str
+
+
+# fmt: off
+_TABLE = (
+    Code("MC101", "graph break on a value",
+         "Dynamo cannot follow a branch or a Python number that depends on tensor values (`.any()`, `.item()`, `.tolist()`), so the experts were in no graph and the backend was never shown them.",
+         "if mask.any(): out[mask] += expert(x[mask])",
+         "remove the test: an expert without tokens adds nothing, so the result is the same"),
+    Code("MC102", "loop over the experts that were hit",
+         "The loop runs over the result of `nonzero()` or `unique()`, whose length is known only at run time; no capture setting can unroll it.",
+         "for e in hit.nonzero(): ...",
+         "loop over range(num_experts); for a Hugging Face model call moe_compile.optimize(model)"),
+    Code("MC103", "dynamic-shape operator not captured",
+         "An operator whose output shape depends on tensor values (`where(mask)`, `nonzero`, `x[mask]`, `bincount`) ended the graph.",
+         "token = torch.where(ids == e)[0]  # under a backend that does not capture dynamic shapes",
+         'compile with torch.compile(model, backend="moe_compile"), or pass fullgraph=True'),
+    Code("MC104", "call disabled or hooked",
+         "The call is kept out of every graph: `torch.compiler.disable`, a wrapper that Dynamo skips, or a hook.",
+         "@torch.compiler.disable\ndef moe(self, x): ...",
+         "remove the decorator or the hook, or call moe_compile.optimize(model) for a Hugging Face model"),
+    Code("MC105", "other graph break in MoE code",
+         "Dynamo ended the graph inside a function that looks like an MoE layer, for a reason that has nothing to do with routing; the reason is quoted.",
+         'print("routing", ids.shape)',
+         "move the statement out of the layer"),
+    Code("MC106", "nothing captured",
+         "The program ran, but no graph reached the backend, so there was nothing to look at.",
+         "model.forward = torch.compiler.disable(model.forward)",
+         "compile the module whose forward does the work"),
+    Code("MC201", "experts differ",
+         "The experts have different shapes, dtypes, devices or biases; one op needs them alike.",
+         "experts = [MLP(64, 128), MLP(64, 256)]",
+         "give every expert the same shape, dtype and device"),
+    Code("MC202", "shared expert weight",
+         "One tensor serves two experts; in training its gradient would be counted in two places.",
+         "experts[1].w1.weight = experts[0].w1.weight",
+         "untie the experts, or keep the original layer"),
+    Code("MC203", "inner value used elsewhere",
+         "A value inside the region (for example one expert's output) is also returned, saved or read by a hook, and the fused op never makes it.",
+         "self.last = expert_out",
+         "do not keep per-expert values; router logits and weights may be returned freely"),
+    Code("MC204", "weights or inputs written in the loop",
+         "A tensor that the region reads is changed between its reads.",
+         "self.w1[e].mul_(0.5)",
+         "move the write before or after the layer"),
+    Code("MC205", "side effect or random numbers in an expert",
+         "An expert drops out, draws random numbers or writes state; one op cannot repeat that order.",
+         "F.dropout(h, training=True)",
+         "call model.eval() for inference, or move the dropout behind the layer"),
+    Code("MC206", "experts of different kinds",
+         "The experts do not all compute the same function: another activation, an extra operation, another bias.",
+         "experts = [SwiGLU(), ReLUMLP()]",
+         "give every expert the same structure"),
+    Code("MC207", "ids and weights from different places",
+         "The token index, the expert id and the router weight do not come from the same pair of top-k results.",
+         "weights.roll(1, 0)",
+         "index all of them with the same token and slot"),
+    Code("MC208", "missing or repeated expert",
+         "The loop does not visit every expert exactly once with its own id.",
+         "for e in range(num_experts - 1): ...",
+         "visit each expert in 0..E-1 exactly once"),
+    Code("MC209", "capacity or dropped tokens",
+         "Some tokens are dropped or limited per expert, so the layer is not the plain routed sum.",
+         "token = torch.where(ids == e)[0][:capacity]",
+         "remove the limit, or keep the original layer"),
+    Code("MC210", "order-dependent accumulation",
+         "The result depends on the order of the experts (assignment instead of addition, reading the output so far).",
+         "out[token] = expert(x[token])",
+         "add with out[token] += ... or index_add_ into zeros"),
+    Code("MC301", "unknown activation (note)",
+         "What happens between the two matrix products is not a known activation; it runs as your own row-wise code between two grouped matrix products.",
+         "h = my_activation(gate) * up",
+         "nothing to do; a known activation (silu, gelu, relu, ...) runs inside the kernel"),
+    Code("MC302", "router weight on the input (note)",
+         "The router weight multiplies the expert's input instead of its output; the op does the same.",
+         "expert(x[token] * w[token])",
+         "nothing to do"),
+    Code("MC303", "normalisation after an expert",
+         "Each expert's output goes through a norm before the weighted sum.",
+         "self.norm(expert(x[token])) * w",
+         "keep the original layer, or normalise once after the sum"),
+    Code("MC304", "combine is no plain sum",
+         "The expert outputs are combined by something other than a weighted sum (maximum, mean, concatenation).",
+         "torch.maximum(out, y)",
+         "use a weighted sum, or keep the original layer"),
+    Code("MC305", "router not recognised (note)",
+         "The router stays as you wrote it; only the experts were replaced.",
+         "ids = my_router(x)",
+         "nothing to do"),
+    Code("MC401", "dtype",
+         "The op has no kernel for this dtype or mixture of dtypes.",
+         "model.to(torch.complex64)",
+         "use float32, bfloat16 or float16 for hidden states and weights"),
+    Code("MC402", "quantised weight or tensor subclass",
+         "A weight is not a plain tensor (quantised, sharded, wrapped), and guessing its meaning would be wrong.",
+         "experts[0].w1.weight  # a DTensor",
+         "keep the original layer for this model, or load it with plain weights"),
+    Code("MC403", "layout needs a copy",
+         "The weights are laid out so that the kernel would need a second copy of them.",
+         "w1 = w.expand(E, I, H)",
+         "store one contiguous tensor per expert or one stacked tensor"),
+    Code("MC404", "alignment",
+         "A size or address is not aligned as the kernel needs it.",
+         "H = 63 in bfloat16",
+         "pad the size to a multiple of 8"),
+    Code("MC405", "too large",
+         "A size is past what the op indexes.",
+         "T * K > 2**31",
+         "split the tokens over several calls"),
+    Code("MC406", "weights not on a device",
+         "The weights are meta tensors or offloaded, so there is nothing to read.",
+         'with torch.device("meta"): model = Model()',
+         "materialise the weights before the first call"),
+    Code("MC501", "DeepGEMM missing",
+         "DeepGEMM was asked for by name and no package provides it.",
+         'options={"moe_compile.experts": "deepgemm"}',
+         'use experts="auto"'),
+    Code("MC502", "nvcc missing or too old",
+         "DeepGEMM compiles its kernels with nvcc at the first call; none, or one that is too old, was found.",
+         "nvcc 12.1, needed 12.3",
+         "install a newer CUDA toolkit, or use the Triton kernels"),
+    Code("MC503", "probe failed",
+         "A kernel was compiled and run once on a small problem, and its result was wrong or it raised.",
+         "RuntimeError in the probe",
+         "run python -m moe_compile doctor and report its output"),
+    Code("MC504", "architecture",
+         "The device is not one that the kernel supports.",
+         "compute capability 7.5",
+         "use a supported device, or the CPU implementation"),
+    Code("MC505", "slower here (note)",
+         "Another implementation is faster for this shape, so it was chosen.",
+         "T = 1 with 8 experts",
+         "nothing to do"),
+    Code("MC506", "bias not supported",
+         "The chosen kernel takes no biases.",
+         'experts="deepgemm" with b1',
+         'use experts="auto"'),
+    Code("MC507", "training not supported",
+         "Gradients are needed, and the op cannot give them for this layer yet; the original stays.",
+         "loss.backward()",
+         "run inference under torch.no_grad(), or keep the original layer for training"),
+    Code("MC508", "the rewrite failed",
+         "moe_compile itself raised while it looked at the graph; the original program runs. This is a bug.",
+         "TypeError in the reason",
+         "report it with the reason and the output of python -m moe_compile doctor"),
+)
+# fmt: on
+
+CODES: dict[str, Code] = {code.code: code for code in _TABLE}
+
+
+def fix_for(code: str | None) -> str:
+    """The table's own advice for a code, "" for none or an unknown one."""
+    return CODES[code].fix if code in CODES else ""
+
+
+def markdown() -> str:
+    """The page ``docs/refusals.md``."""
+    lines = [
+        "# What is refused, and why",
+        "",
+        "Every MoE candidate that is not rewritten has a code. `moe_compile.explain(model, *inputs)` and the logger "
+        "`moe_compile.report` print it with the failing fact and the source line. Codes marked (note) are no "
+        "refusals: the layer was rewritten, and the note says how.",
+        "",
+        "This page is generated by `python -m moe_compile.codes`.",
+    ]
+    for prefix, title in GROUPS.items():
+        lines += ["", f"## {prefix}xx {title}"]
+        for code in _TABLE:
+            if code.code.startswith(prefix):
+                lines += [
+                    "",
+                    f"### {code.code} {code.title}",
+                    "",
+                    code.meaning,
+                    "",
+                    "```python",
+                    code.example,
+                    "```",
+                    "",
+                    f"What to do: {code.fix}.",
+                ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(markdown())

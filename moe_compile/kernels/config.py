@@ -1,0 +1,161 @@
+"""Which kernel runs for which number of tokens, and with which tiles.
+
+The figures behind the choice were measured on one H200 (bf16); other devices get the same tiles with as
+many pipeline stages as their shared memory holds. Pure functions of shapes: nothing is read back from the
+device, so the choice is safe under CUDA graphs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+H200_SHARED_BYTES = 227 * 1024
+PATHS = ("gemv", "decode", "sorted")
+
+GEMV_TOKENS = 2  # up to here one pair per program wins; from 4 tokens on the tensor cores do
+DECODE_TOKENS = 64  # up to here every hit expert's rows are found without a sort
+DECODE_TOKENS_SPARSE = 128  # the same where few rows meet in one expert
+DECODE_ROWS_SPARSE = 8.0
+DECODE_IDS = 4096  # ids that one program of the decode kernel holds in registers
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The compile-time shape of one GEMM. ``wn`` counts the weight rows of one step, gate and up together.
+
+    ``tail`` allows the last tile of an expert to be computed at 1/2 (1) or also 1/4 (2) of ``bm``;
+    ``group`` row tiles share a sweep over the columns, so that weights and rows stay in L2.
+    """
+
+    bm: int
+    wn: int
+    bk: int
+    warps: int
+    stages: int
+    swap: bool
+    tail: int = 0
+    group: int = 1
+    evict: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One path with the tiles of its two GEMMs (equal ``bm``: they share one tile table)."""
+
+    path: str
+    up: Tiles
+    down: Tiles
+
+
+def choose_path(
+    tokens: int, top_k: int, experts: int, *, dense: bool = True, elements: int = 2
+) -> str:
+    """The path for ``tokens`` rows.
+
+    Args:
+        dense: every weight has stride one along its input dimension (what matrix-vector wants).
+        elements: bytes of one element.
+    """
+    if tokens <= GEMV_TOKENS and dense:
+        return "gemv"
+    ids = power_of_two(tokens) * power_of_two(top_k)
+    mean = tokens * top_k / experts
+    sparse = tokens <= DECODE_TOKENS_SPARSE and mean <= DECODE_ROWS_SPARSE
+    if ids <= DECODE_IDS and (tokens <= DECODE_TOKENS or sparse):
+        return "decode"
+    return "sorted"
+
+
+@lru_cache(maxsize=4096)
+def select(
+    path: str,
+    tokens: int,
+    top_k: int,
+    experts: int,
+    hidden: int,
+    inter: int,
+    elements: int,
+    shared: int = H200_SHARED_BYTES,
+) -> Plan:
+    """Tiles of a path. ``elements`` is bytes per element, ``shared`` the device's shared memory per program."""
+    if elements == 4:
+        up, down = _float32(path, tokens)
+    elif path == "sorted":
+        up, down = _sorted(tokens * top_k / experts)
+    else:
+        up, down = _decode(tokens)
+    return Plan(path, _fit(up, hidden, elements, shared), _fit(down, inter, elements, shared))
+
+
+def _decode(tokens: int) -> tuple[Tiles, Tiles]:
+    bm = 16 if tokens <= 16 else 32
+    return (
+        Tiles(bm, 128, 128, 4, 5, swap=True, evict="evict_first"),
+        Tiles(bm, 128, 128, 4, 4, swap=True, evict="evict_first"),
+    )
+
+
+def _sorted(mean: float) -> tuple[Tiles, Tiles]:
+    if mean <= 12:
+        return Tiles(32, 128, 128, 4, 5, swap=True), Tiles(32, 128, 128, 4, 4, swap=True)
+    if mean <= 40:
+        return Tiles(64, 256, 64, 8, 4, swap=True, tail=1), Tiles(64, 128, 64, 4, 4, swap=True, tail=1)
+    if mean <= 256:
+        return (
+            Tiles(128, 256, 64, 8, 4, swap=True, tail=2),
+            Tiles(128, 256, 64, 8, 4, swap=True, tail=2),
+        )
+    # the last tile of an expert still matters with a few tiles each, and no longer with many
+    tail = 1 if mean <= 1024 else 0
+    return (
+        Tiles(128, 256, 64, 8, 3, swap=False, tail=tail, group=8),
+        Tiles(128, 256, 64, 8, 3, swap=False, tail=tail, group=8),
+    )
+
+
+def _float32(path: str, tokens: int) -> tuple[Tiles, Tiles]:
+    """Exact fp32 runs on the CUDA cores: small tiles, or the accumulators spill."""
+    bm = 64 if path == "sorted" else 16
+    tiles = Tiles(bm, 64, 32, 4, 2, swap=False, group=8 if path == "sorted" else 1)
+    return tiles, tiles
+
+
+def _fit(tiles: Tiles, depth: int, elements: int, shared: int) -> Tiles:
+    """Steps that divide the depth (no masks in the loop) and stages that fit the shared memory."""
+    if depth % tiles.bk and depth % (tiles.bk // 2) == 0 and tiles.bk > 64:
+        tiles = replace(tiles, bk=tiles.bk // 2, stages=2 * tiles.stages - 2)
+    stage = (tiles.bm + tiles.wn) * tiles.bk * elements
+    stages = min(tiles.stages, (shared - 8 * 1024) // stage)
+    if stages < 2 and tiles.wn > 64:
+        return _fit(replace(tiles, wn=tiles.wn // 2), depth, elements, shared)
+    return replace(tiles, stages=max(1, stages))
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least ``n`` (1 for 0)."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def gemv_up_steps(depth: int, gated: bool) -> tuple[int, int]:
+    """Columns and depth of one step of the first matrix-vector kernel: 32 or 64 weights per thread."""
+    bk = _step(depth, 2048, 512)
+    return min(8, max(1, (4096 if gated else 8192) // bk)), bk
+
+
+def gemv_down_steps(depth: int, top_k: int) -> tuple[int, int, int]:
+    """Experts, columns and depth of one step of the second matrix-vector kernel."""
+    experts = min(power_of_two(top_k), 8)
+    bk = _step(depth, 4096 // experts if experts > 4 else 1024, 128)
+    return experts, min(8, max(1, 4096 // (experts * bk))), bk
+
+
+def _step(depth: int, largest: int, smallest: int) -> int:
+    """The largest power of two that divides the depth, or a masked step where only tiny ones do."""
+    step = largest
+    while step >= smallest:
+        if depth % step == 0:
+            return step
+        step //= 2
+    return min(max(power_of_two(depth), 16), 2 * smallest)

@@ -1,0 +1,124 @@
+"""Few tokens: every hit expert finds its own rows, without a sort, and streams its weights once.
+
+One program column belongs to one expert (or to the first pair of one expert, when there are fewer pairs
+than experts). It reads all ids, keeps its own and runs the shared tile over them. No atomics, one fixed
+order, and an expert may occur several times within one token's top-k.
+
+Shape legend: see ``spec.py``. Rows of the results are in the order of the pairs, ``t*K + k``.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .config import Tiles, power_of_two
+from .tile import Projection, expert_tile
+
+
+@triton.jit(do_not_specialize=["T", "E"])
+def decode_kernel(
+    x,
+    x_stride,
+    ids,
+    scales,
+    out,
+    T,
+    E,
+    N,
+    D,
+    W,
+    K: tl.constexpr,
+    TP: tl.constexpr,
+    KP: tl.constexpr,
+    BY_EXPERT: tl.constexpr,
+    BY_TOKEN: tl.constexpr,
+    M: tl.constexpr,
+    S: tl.constexpr,
+    BM: tl.constexpr,
+):
+    """``BY_TOKEN``: rows of x are tokens, else pairs."""
+    tn = tl.program_id(0)
+    which = tl.program_id(1)
+    t = tl.arange(0, TP)
+    s = tl.arange(0, KP)
+    number = t[:, None] * K + s[None, :]
+    id = tl.load(ids + number, mask=(t < T)[:, None] & (s < K)[None, :], other=-1).to(tl.int32)  # [TP, KP]
+    if BY_EXPERT:
+        e = which
+        mine = id == e
+        live = True
+    else:
+        e = tl.load(ids + which).to(tl.int32)
+        mine = id == e
+        # only the first pair of an expert works; the others find it and leave
+        earlier = tl.sum(tl.sum((mine & (number < which)).to(tl.int32), 1), 0)
+        live = (e >= 0) & (e < E) & (earlier == 0)
+    hits = tl.sum(mine.to(tl.int32), 1)  # [TP]
+    after = tl.cumsum(hits, 0)
+    rows = tl.sum(hits, 0)
+    if live:
+        for first in range(0, rows, BM):
+            j = first + tl.arange(0, BM)
+            ok = j < rows
+            # the token that holds the expert's j-th pair, and how many of its pairs come before in the token
+            holds = ((after - hits)[None, :] <= j[:, None]) & (j[:, None] < after[None, :])  # [BM, TP]
+            token = tl.sum(tl.where(holds, t[None, :], 0), 1)
+            nth = j - tl.sum(tl.where(holds, (after - hits)[None, :], 0), 1)
+            inside = (s < K)[None, :] & ok[:, None]
+            own = tl.load(ids + token[:, None] * K + s[None, :], mask=inside, other=-1).to(tl.int32) == e
+            own = own & inside
+            rank = tl.cumsum(own.to(tl.int32), 1) - 1
+            slot = tl.sum(tl.where(own & (rank == nth[:, None]), s[None, :], 0), 1)
+            pair = token * K + slot
+            # where not ok this is row 0: readable, and rows do not mix
+            row = (token if BY_TOKEN else pair).to(tl.int64)
+            at = pair.to(tl.int64)
+            expert_tile(x, x_stride, row, scales, pair, out, at, ok, e, tn, N, D, W, M, S, BM)
+
+
+def decode_projection(
+    x: Tensor,
+    ids: Tensor,
+    experts: int,
+    projection: Projection,
+    plan: Tiles,
+    by_token: bool,
+    scales: Tensor | None = None,
+) -> Tensor:
+    """Tokens ``x [T, D]`` (``by_token``) or pairs ``x [P, D]`` -> ``[P, N]`` in the order of the pairs.
+
+    Rows of pairs without an expert stay unwritten. The torch twin is ``grouped.projection_twin``.
+    """
+    tokens, top_k = ids.shape
+    pairs = tokens * top_k
+    out = x.new_empty(pairs, projection.columns)
+    if pairs == 0:
+        return out
+    shape = projection.shape(plan)
+    by_expert = pairs >= experts
+    grid = (triton.cdiv(projection.columns, shape.bn), experts if by_expert else pairs)
+    decode_kernel[grid](
+        x,
+        x.stride(0),
+        ids,
+        scales,
+        out,
+        tokens,
+        experts,
+        projection.columns,
+        projection.depth,
+        projection.weights,
+        K=top_k,
+        TP=power_of_two(tokens),
+        KP=power_of_two(top_k),
+        BY_EXPERT=by_expert,
+        BY_TOKEN=by_token,
+        M=projection.meaning,
+        S=shape,
+        BM=plan.bm,
+        num_warps=plan.warps,
+        num_stages=plan.stages,
+    )
+    return out

@@ -1,0 +1,93 @@
+"""The whole layer on one device: the chosen path's kernels in a row.
+
+``run`` is what the op calls on CUDA and what the tests call on CPU tensors under Triton's interpreter.
+Shape legend: see ``spec.py``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .combine import combine_pairs, combine_sorted, combine_twin
+from .config import H200_SHARED_BYTES, PATHS, choose_path, select
+from .decode import decode_projection
+from .gemv import gemv_down, gemv_up
+from .grouped import gather_projection, projection_twin, sorted_projection
+from .sort import sort_pairs
+from .tile import Projection
+
+
+def run(
+    x: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    experts: int,
+    up: Projection,
+    down: Projection,
+    weight_on_input: bool = False,
+    out_dtype: torch.dtype | None = None,
+    path: str | None = None,
+    shared: int = H200_SHARED_BYTES,
+) -> Tensor:
+    """``x [T, H]``, ``weights [T, K]``, ``ids [T, K]`` -> ``[T, H]``.
+
+    Args:
+        path: one of ``config.PATHS`` to force it; default by the number of tokens.
+        shared: shared memory of one program on this device, in bytes.
+    """
+    tokens, top_k = ids.shape
+    dtype = out_dtype or x.dtype
+    if tokens == 0:
+        return x.new_empty(0, down.columns, dtype=dtype)
+    dense = _dense(up) and _dense(down)
+    if path is None:
+        path = choose_path(tokens, top_k, experts, dense=dense)
+    elif path not in PATHS:
+        raise ValueError(f"path {path!r} is not one of {', '.join(PATHS)}")
+    elif path == "gemv" and not dense:
+        raise ValueError("path 'gemv' needs weights with stride one along their input dimension")
+    weights, ids = weights.contiguous(), ids.contiguous()
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    on_input = weights if weight_on_input else None
+    on_output = None if weight_on_input else weights
+    if path == "gemv":
+        h = gemv_up(x, ids, experts, up, on_input)
+        return gemv_down(h, ids, on_output, experts, down, dtype)
+    plan = select(path, tokens, top_k, experts, up.depth, up.columns, x.element_size(), shared)
+    if path == "decode":
+        h = decode_projection(x, ids, experts, up, plan.up, True, on_input)
+        y = decode_projection(h, ids, experts, down, plan.down, False)
+        return combine_pairs(y, ids, on_output, experts, dtype)
+    pairs = sort_pairs(ids, experts, plan.up.bm)
+    h = gather_projection(x, pairs, top_k, up, plan.up, on_input)
+    y = sorted_projection(h, pairs, down, plan.down)
+    return combine_sorted(y, pairs.inverse, pairs.offsets, on_output, top_k, dtype)
+
+
+def run_twin(
+    x: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    experts: int,
+    up: Projection,
+    down: Projection,
+    weight_on_input: bool = False,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Torch twin of ``run``: the same roundings between the stages, one expert after the other."""
+    top_k = ids.shape[1]
+    expert = ids.reshape(-1)
+    valid = (expert >= 0) & (expert < experts)
+    expert = torch.where(valid, expert, -1)
+    rows = x.repeat_interleave(top_k, dim=0)  # [P, H]
+    h = projection_twin(rows, expert, up, weights.reshape(-1) if weight_on_input else None)
+    y = projection_twin(h, expert, down, None)
+    position = torch.arange(expert.numel(), device=x.device)
+    return combine_twin(y, position, valid, None if weight_on_input else weights, top_k, out_dtype or x.dtype)
+
+
+def _dense(projection: Projection) -> bool:
+    up = projection.weights.up
+    return projection.weights.w.inp == 1 and (up.ptr is None or up.inp == 1)

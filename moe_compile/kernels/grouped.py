@@ -1,0 +1,204 @@
+"""Grouped GEMM over pairs in expert order, with gather, bias and activation fused.
+
+One program computes one tile; which expert and which rows come from the tile table that the sort wrote
+(MegaBlocks, https://arxiv.org/abs/2211.15841, builds its block-sparse topology likewise), so the grid is an
+upper bound known on the host and late programs return at once. Tiles run in groups of a few row tiles
+times all columns, so that weights and rows are found in L2 (Triton's matrix multiplication tutorial).
+
+Shape legend: see ``spec.py``.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activation import activate_twin
+from .config import Tiles
+from .sort import Sorted, tile_table
+from .tile import Projection, expert_tile
+
+
+@triton.jit
+def _rows(
+    x, x_stride, order, scales, out, first, length, e, tn, N, D, W,
+    K: tl.constexpr, M: tl.constexpr, S: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """BM rows of one expert from sorted row ``first`` on, ``length`` of them real."""
+    m = tl.arange(0, BM)
+    ok = m < length
+    s = first + tl.where(ok, m, 0)
+    if order is not None:
+        pair = tl.load(order + s)
+        x_row = pair // K
+    else:
+        pair = s
+        x_row = s
+    expert_tile(
+        x, x_stride, x_row.to(tl.int64), scales, pair, out, s.to(tl.int64), ok, e, tn, N, D, W, M, S, BM
+    )
+
+
+@triton.jit(do_not_specialize=["P", "E", "capacity"])
+def grouped_kernel(
+    x,
+    x_stride,
+    order,
+    scales,
+    offsets,
+    tiles,
+    out,
+    P,
+    E,
+    capacity,
+    N,
+    D,
+    W,
+    K: tl.constexpr,
+    M: tl.constexpr,
+    S: tl.constexpr,
+    BM: tl.constexpr,
+    TAIL: tl.constexpr,
+    GROUP: tl.constexpr,
+    ZERO_REST: tl.constexpr,
+):
+    """``order`` given: row ``order[s] // K`` of x; else row s of x. Writes ``out[s, :]``."""
+    columns = tl.cdiv(N, S.bn)
+    t = tl.program_id(0)
+    n_tiles = tl.load(tiles)
+    if t < n_tiles * columns:
+        sweep = t // (GROUP * columns)
+        inside = t % (GROUP * columns)
+        rows_of_sweep = tl.minimum(n_tiles - sweep * GROUP, GROUP)
+        tile = sweep * GROUP + inside % rows_of_sweep
+        tn = inside // rows_of_sweep
+        e = tl.load(tiles + 1 + tile)
+        r = tl.load(tiles + 1 + capacity + tile)
+        n = tl.minimum(tl.load(offsets + e + 1) - r, BM)
+        # the last tile of an expert is often short: computing fewer rows costs only code size
+        if TAIL == 0:
+            _rows(x, x_stride, order, scales, out, r, n, e, tn, N, D, W, K, M, S, BM)
+        elif n > BM // 2:
+            _rows(x, x_stride, order, scales, out, r, n, e, tn, N, D, W, K, M, S, BM)
+        elif TAIL == 1:
+            _rows(x, x_stride, order, scales, out, r, n, e, tn, N, D, W, K, M, S, BM // 2)
+        elif n > BM // 4:
+            _rows(x, x_stride, order, scales, out, r, n, e, tn, N, D, W, K, M, S, BM // 2)
+        else:
+            _rows(x, x_stride, order, scales, out, r, n, e, tn, N, D, W, K, M, S, BM // 4)
+    elif ZERO_REST:
+        rest = t - n_tiles * columns
+        s = tl.load(offsets + E) + rest // columns * BM + tl.arange(0, BM)
+        c = rest % columns * S.bn + tl.arange(0, S.bn)
+        at = out + s.to(tl.int64)[:, None] * N + c[None, :]
+        zero = tl.zeros((BM, S.bn), out.dtype.element_ty)
+        tl.store(at, zero, mask=(s < P)[:, None] & (c < N)[None, :])
+
+
+def _launch(
+    x: Tensor,
+    order: Tensor | None,
+    scales: Tensor | None,
+    offsets: Tensor,
+    tiles: Tensor,
+    capacity: int,
+    pairs: int,
+    top_k: int,
+    projection: Projection,
+    plan: Tiles,
+    zero_rest: bool,
+) -> Tensor:
+    out = x.new_empty(pairs, projection.columns)  # [P, N]
+    if pairs == 0:
+        return out
+    shape = projection.shape(plan)
+    # zeroing the rest can need one row tile more than the table holds
+    grid = ((capacity + zero_rest) * -(-projection.columns // shape.bn),)
+    grouped_kernel[grid](
+        x,
+        x.stride(0),
+        order,
+        scales,
+        offsets,
+        tiles,
+        out,
+        pairs,
+        offsets.shape[0] - 1,
+        capacity,
+        projection.columns,
+        projection.depth,
+        projection.weights,
+        K=top_k,
+        M=projection.meaning,
+        S=shape,
+        BM=plan.bm,
+        TAIL=plan.tail,
+        GROUP=plan.group,
+        ZERO_REST=zero_rest,
+        num_warps=plan.warps,
+        num_stages=plan.stages,
+    )
+    return out
+
+
+def gather_projection(
+    x: Tensor, pairs: Sorted, top_k: int, projection: Projection, plan: Tiles, scales: Tensor | None = None
+) -> Tensor:
+    """GEMM 1: tokens ``x [T, D]`` -> ``[P, N]`` in sorted order; rows past the valid ones stay unwritten.
+
+    Args:
+        scales: ``[T, K]`` router weights, if they belong on the input.
+    """
+    n = pairs.order.shape[0]
+    return _launch(
+        x, pairs.order, scales, pairs.offsets, pairs.tiles, pairs.capacity, n, top_k, projection, plan, False
+    )
+
+
+def sorted_projection(rows: Tensor, pairs: Sorted, projection: Projection, plan: Tiles) -> Tensor:
+    """GEMM 2: ``rows [P, D]`` in sorted order -> ``[P, N]``; rows past the valid ones stay unwritten."""
+    n = rows.shape[0]
+    return _launch(
+        rows, None, None, pairs.offsets, pairs.tiles, pairs.capacity, n, 1, projection, plan, False
+    )
+
+
+def grouped_linear(rows: Tensor, offsets: Tensor, projection: Projection, plan: Tiles) -> Tensor:
+    """``rows [P, D]`` under any ``offsets [E + 1]`` -> ``[P, N]``; rows from ``offsets[E]`` on are zero."""
+    tiles, capacity = tile_table(offsets, rows.shape[0], plan.bm)
+    return _launch(
+        rows, None, None, offsets, tiles, capacity, rows.shape[0], 1, projection, plan, True
+    )
+
+
+def projection_twin(rows: Tensor, expert: Tensor, projection: Projection, scales: Tensor | None) -> Tensor:
+    """Torch twin of every GEMM here and in ``decode``: row i through expert ``expert[i]``, in fp32.
+
+    Rows whose expert is out of range come back zero, where the kernels leave them unwritten.
+    """
+    out = torch.zeros(rows.shape[0], projection.columns, device=rows.device)  # [rows, N]
+    n, layout = projection.columns, projection.epilogue.layout
+    for e in range(int(expert.max()) + 1 if expert.numel() else 0):
+        at = torch.where(expert == e)[0]
+        if at.numel() == 0:
+            continue
+        a = rows[at].float()
+        if scales is not None:
+            a = a * scales[at, None].float()
+        y = a @ projection.w.expert(e).float().t()
+        if projection.b is not None:
+            y = y + projection.b.expert(e).float()
+        up: Tensor | None = None
+        if layout == "separate":
+            assert projection.up is not None
+            up = a @ projection.up.expert(e).float().t()
+            if projection.b_up is not None:
+                up = up + projection.b_up.expert(e).float()
+        elif layout == "interleaved":
+            y, up = y[:, 0::2], y[:, 1::2]
+        elif layout == "concat":
+            y, up = y[:, :n], y[:, n:]
+        out[at] = activate_twin(y, up, projection.epilogue)
+    return out.to(rows.dtype)

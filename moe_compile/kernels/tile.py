@@ -1,0 +1,214 @@
+"""One output tile of one expert: the inner loop that the sorted and the unsorted GEMMs share.
+
+Shape legend: see ``spec.py``. A tile has BM rows (token-expert pairs) and BN output columns; it reads
+WN rows of weights per step of the reduction: BN, or 2*BN when gate and up rows alternate, or BN from
+each of two places. With ``SWAP`` the weights are the left, 64-row operand of the tensor core and the
+few rows are its narrow side: Hopper's wgmma multiplies 64 rows at least, but 8 columns are enough.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .activation import NO_EPILOGUE, Epilogue, Function, activate
+from .config import Tiles
+from .operand import ABSENT, Address, Operand, expert_base
+
+
+class Weights(NamedTuple):
+    """Run-time argument: where the weights and biases of one GEMM are."""
+
+    w: Address
+    up: Address
+    b: Address
+    b_up: Address
+
+
+class Meaning(NamedTuple):
+    """Compile-time argument: what one GEMM computes. Elements are set for separate weights only."""
+
+    function: Function
+    layout: str
+    w: Any
+    w_aligned: bool
+    up: Any
+    up_aligned: bool
+    b: Any
+    b_up: Any
+
+
+class Shape(NamedTuple):
+    """Compile-time argument: how a GEMM is cut into tiles."""
+
+    bn: int
+    bk: int
+    swap: bool
+    even_n: bool  # no partial tile along the columns
+    even_d: bool  # no partial step along the depth
+    vector_n: bool  # the columns are a multiple of 16
+    evict: str
+
+
+class Projection:
+    """The launch arguments of ``act(x @ w.T + b, x @ up.T + b_up)`` for all experts.
+
+    Args:
+        w: the only weight, or gate, or fused gate and up, ``[E, rows, depth]``.
+        columns: output columns per expert.
+        up: the up weight of a ``separate`` layout.
+    """
+
+    __slots__ = ("b", "b_up", "columns", "depth", "epilogue", "meaning", "up", "w", "weights")
+
+    def __init__(
+        self,
+        w: Operand,
+        columns: int,
+        epilogue: Epilogue = NO_EPILOGUE,
+        up: Operand | None = None,
+        b: Operand | None = None,
+        b_up: Operand | None = None,
+    ) -> None:
+        self.w, self.up, self.b, self.b_up = w, up, b, b_up
+        self.columns, self.epilogue = columns, epilogue
+        self.depth: int = w.first.shape[-1]
+        roles = (w, up, b, b_up)
+        self.weights = Weights(*(ABSENT if role is None else role.address() for role in roles))
+        element = [None if role is None else role.element() for role in roles]
+        up_aligned = up is not None and up.aligned
+        self.meaning = Meaning(
+            epilogue.function(), epilogue.layout, element[0], w.aligned, element[1], up_aligned, *element[2:]
+        )
+
+    def shape(self, tiles: Tiles) -> Shape:
+        """The compile-time shape under ``tiles``, whose ``wn`` counts gate and up rows together."""
+        bn = tiles.wn // 2 if self.epilogue.gated else tiles.wn
+        return Shape(
+            bn,
+            tiles.bk,
+            tiles.swap,
+            self.columns % bn == 0,
+            self.depth % tiles.bk == 0,
+            self.columns % 16 == 0,
+            tiles.evict,
+        )
+
+
+@triton.jit
+def _dot(a, w, acc, SWAP: tl.constexpr):
+    if SWAP:
+        return tl.dot(w, tl.trans(a), acc, input_precision="ieee")
+    else:
+        return tl.dot(a, tl.trans(w), acc, input_precision="ieee")
+
+
+@triton.jit
+def _over_rows(v, SWAP: tl.constexpr):
+    """A vector over the rows of a tile, shaped to broadcast over its accumulator."""
+    if SWAP:
+        return v[None, :]
+    else:
+        return v[:, None]
+
+
+@triton.jit
+def _add_bias(acc, bias, n, limit, stride, SWAP: tl.constexpr):
+    v = tl.load(bias + n * stride, mask=n < limit, other=0.0).to(tl.float32)
+    if SWAP:
+        return acc + v[:, None]
+    else:
+        return acc + v[None, :]
+
+
+@triton.jit
+def _rows_of_weight(n, limit, EVEN: tl.constexpr, VECTOR: tl.constexpr):
+    """Row numbers of a weight tile; those past the end read row 0, which costs no mask in the loop."""
+    if not EVEN:
+        n = tl.where(n < limit, n, 0)
+        if VECTOR:
+            # the limit is a multiple of 16, so chunks of 16 are wholly inside or wholly replaced
+            n = tl.max_contiguous(tl.multiple_of(n, 16), 16)
+    return n.to(tl.int64)
+
+
+@triton.jit
+def expert_tile(
+    x,  # rows of activations [.., D]
+    x_stride,
+    x_row,  # [BM] int64, a valid row of x even where not ok
+    scales,  # None, or one weight per pair, applied to the input
+    pair,  # [BM] position in scales
+    out,  # [.., N], dense
+    out_row,  # [BM] int64
+    ok,  # [BM]
+    e,  # expert
+    tn,  # tile number along N
+    N,
+    D,
+    W,  # Weights
+    M: tl.constexpr,  # Meaning
+    S: tl.constexpr,  # Shape
+    BM: tl.constexpr,
+):
+    """``out[out_row, tile] = act((x[x_row] * scale) @ w[e].T + b[e], ...)`` for the rows that are ok."""
+    TWO: tl.constexpr = M.layout == "concat" or M.layout == "separate"
+    WIDE: tl.constexpr = M.layout == "interleaved"
+    WN: tl.constexpr = 2 * S.bn if WIDE else S.bn
+    k = tl.arange(0, S.bk)
+    n_in = tn * WN + tl.arange(0, WN)
+    limit = N * 2 if WIDE else N
+    n = _rows_of_weight(n_in, limit, S.even_n, S.vector_n)
+    wp = expert_base(W.w, e, M.w, M.w_aligned) + n[:, None] * W.w.out + k[None, :] * W.w.inp  # [WN, BK]
+    xp = x + x_row[:, None] * x_stride + k[None, :]  # [BM, BK]
+    acc = tl.zeros((WN, BM) if S.swap else (BM, WN), tl.float32)
+    if TWO:
+        acc_up = tl.zeros((WN, BM) if S.swap else (BM, WN), tl.float32)
+        if M.layout == "concat":
+            up = wp + tl.cast(N, tl.int64) * W.w.out
+            up_step = S.bk * W.w.inp
+        else:
+            up = expert_base(W.up, e, M.up, M.up_aligned) + n[:, None] * W.up.out + k[None, :] * W.up.inp
+            up_step = S.bk * W.up.inp
+    for d in range(0, D, S.bk):
+        if S.even_d:
+            a = tl.load(xp)
+            wt = tl.load(wp, eviction_policy=S.evict)
+        else:
+            a = tl.load(xp, mask=(k < D - d)[None, :], other=0.0)
+            wt = tl.load(wp, mask=(k < D - d)[None, :], other=0.0, eviction_policy=S.evict)
+        acc = _dot(a, wt, acc, S.swap)
+        if TWO:
+            if S.even_d:
+                ut = tl.load(up, eviction_policy=S.evict)
+            else:
+                ut = tl.load(up, mask=(k < D - d)[None, :], other=0.0, eviction_policy=S.evict)
+            acc_up = _dot(a, ut, acc_up, S.swap)
+            up += up_step
+        xp += S.bk
+        wp += S.bk * W.w.inp
+    if scales is not None:
+        # a weight on the input commutes with the product, which keeps it out of the loop
+        scale = _over_rows(tl.load(scales + pair, mask=ok, other=0.0).to(tl.float32), S.swap)
+        acc *= scale
+        if TWO:
+            acc_up *= scale
+    if W.b.ptr is not None:
+        bias = expert_base(W.b, e, M.b, False)
+        acc = _add_bias(acc, bias, n_in, limit, W.b.out, S.swap)
+        if M.layout == "concat":
+            acc_up = _add_bias(acc_up, bias + N * W.b.out, n_in, limit, W.b.out, S.swap)
+    if W.b_up.ptr is not None:
+        acc_up = _add_bias(acc_up, expert_base(W.b_up, e, M.b_up, False), n_in, limit, W.b_up.out, S.swap)
+    if WIDE:
+        if S.swap:
+            acc, acc_up = tl.split(tl.permute(tl.reshape(acc, (S.bn, 2, BM)), (0, 2, 1)))
+        else:
+            acc, acc_up = tl.split(tl.reshape(acc, (BM, S.bn, 2)))
+    y = activate(acc, acc_up if TWO or WIDE else acc, M.function).to(out.dtype.element_ty)
+    if S.swap:
+        y = tl.trans(y)
+    c = tn * S.bn + tl.arange(0, S.bn)
+    tl.store(out + out_row[:, None] * N + c[None, :], y, mask=ok[:, None] & (c < N)[None, :])

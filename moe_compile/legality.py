@@ -1,0 +1,142 @@
+"""Facts about a whole region that no single rule can see: borders that hold, nothing inside used elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from .canonical import shape_of, tensor_inputs, value
+from .match.engine import Engine, aten, writes
+from .match.facts import Filled, Leaf, Picked, Sum, Val, refuse
+from .match.layer import Found
+
+_SIZE_CHECKS = ("sym_size", "_assert_scalar", "_assert_async", "sym_constrain_range", "_assert_tensor_metadata")
+_COMPARISONS = ("ge", "le", "gt", "lt", "eq", "ne", "and_", "mul", "add", "sub", "sym_max", "sym_min")
+
+
+@dataclass(frozen=True)
+class Region:
+    """The canonical nodes that a layer replaces; ``writes`` are its in-place steps on ``buffer``."""
+
+    nodes: frozenset[fx.Node]
+    writes: tuple[fx.Node, ...]
+    buffer: fx.Node
+
+
+def region_of(engine: Engine, found: Found) -> Region:
+    """The region between a layer's border and its output, proved to be replaceable.
+
+    Raises:
+        NoMatch: MC203 an inner value is used elsewhere, MC204 a write lies between, MC211 autocast,
+            MC507 gradients are needed.
+    """
+    border = {leaf.node for leaf in found.leaves}
+    nodes = _between(engine, found.output, border)
+    _borders_hold(engine, found)
+    _nothing_used_outside(engine, found, nodes)
+    _no_mode_changes(engine, found, nodes)
+    _no_gradients(engine, found)
+    steps = tuple(n for n in nodes if writes(n.target))
+    return Region(frozenset(nodes), steps, engine.base(found.output))
+
+
+def _between(engine: Engine, output: fx.Node, border: set[fx.Node]) -> set[fx.Node]:
+    """Everything from the output back to the border; a fresh tensor reads only the shape of its argument."""
+    seen: set[fx.Node] = set()
+    todo = [output]
+    while todo:
+        node = todo.pop()
+        if node in seen or node in border or node.op in ("placeholder", "get_attr"):
+            continue
+        seen.add(node)
+        if not isinstance(engine.first_facts.get(node), Filled) or writes(node.target):
+            todo.extend(tensor_inputs(node))
+    return seen
+
+
+def _borders_hold(engine: Engine, found: Found) -> None:
+    """Border values are not written between their first use and the layer's output."""
+    end = engine.position[found.output]
+    for leaf in found.leaves:
+        if engine.writes_before(leaf.node, end) != leaf.version:
+            raise refuse("MC204", f"{leaf.node.name} is written in place inside the layer", leaf.node)
+
+
+def _nothing_used_outside(engine: Engine, found: Found, nodes: set[fx.Node]) -> None:
+    end = engine.position[found.output]
+    base = engine.base(found.output)
+    for node in nodes:
+        for user in node.users:
+            if user in nodes or is_size_check(user):
+                continue
+            inner = engine.first_facts.get(node)
+            if node is found.output or (engine.base(node) is base and _whole(node, base) and engine.position[user] > end):
+                continue
+            if isinstance(inner, Val) and not inner.slots:
+                continue
+            if isinstance(inner, (Val, Sum, Picked)) or inner is None and _is_heavy(node):
+                raise refuse("MC203", f"{node.name}, inside the layer, is also used by {user.name}", user)
+            if writes(node.target):
+                raise refuse("MC204", f"{node.name} is written in place and used outside the layer", user)
+    for view in engine.views(base):
+        if view not in nodes and engine.position[view] < end and any(engine.position[u] > end for u in view.users):
+            raise refuse("MC204", f"{view.name} looks into the layer's output while it is being built", view)
+
+
+def _whole(node: fx.Node, base: fx.Node) -> bool:
+    while node is not base and writes(node.target):
+        node = node.args[0]  # type: ignore[assignment]
+    return node is base
+
+
+def _is_heavy(node: fx.Node) -> bool:
+    return node.target in (aten.linear.default, aten.matmul.default, aten.bmm.default, aten.mm.default)
+
+
+def is_size_check(node: fx.Node) -> bool:
+    """Whether a node only looks at sizes (Dynamo's runtime assertions), transitively."""
+    name = getattr(node.target, "__name__", str(node.target))
+    if any(check in str(node.target) for check in _SIZE_CHECKS):
+        return all(is_size_check(u) for u in node.users) if node.users else True
+    if name.split(".")[0] in _COMPARISONS and not isinstance(value(node), torch.Tensor):
+        return all(is_size_check(u) for u in node.users)
+    return False
+
+
+def _no_mode_changes(engine: Engine, found: Found, nodes: set[fx.Node]) -> None:
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        raise refuse("MC211", "the layer runs under autocast", found.output)
+    first = min(engine.position[n] for n in nodes)
+    depth = 0
+    for node, at in engine.position.items():
+        name = str(node.target)
+        if "_enter_autocast" in name:
+            depth += 1
+        elif "_exit_autocast" in name:
+            depth -= 1
+        else:
+            continue
+        if first <= at <= engine.position[found.output] or (at < first and depth > 0):
+            raise refuse("MC211", "the layer runs under autocast", node)
+
+
+def _no_gradients(engine: Engine, found: Found) -> None:
+    """The op has no backward yet: where a gradient may be asked for, the original stays."""
+    enabled = torch.is_grad_enabled()
+    for node, at in engine.position.items():
+        if "_set_grad_enabled" in str(node.target) and at < engine.position[found.output]:
+            enabled = bool(node.args[0])
+    if not enabled:
+        return
+    for leaf in found.leaves:
+        tensor = value(leaf.node)
+        if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+            raise refuse("MC507", f"{describe(leaf)} requires a gradient and grad mode is on", found.output)
+
+
+def describe(leaf: Leaf) -> str:
+    """A border value for a message: its name and shape."""
+    return f"{leaf.node.name} {tuple(shape_of(leaf.node))}"
+

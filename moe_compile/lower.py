@@ -1,0 +1,235 @@
+"""A proved layer -> one op call on the ORIGINAL graph. The only file that mutates a graph."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from .canonical import Canonical, shape_of, value
+from .legality import Region, is_size_check
+from .match.engine import writes
+from .match.facts import Leaf, refuse, same
+from .match.layer import Found, Handle
+from .spec import Weight
+
+
+@dataclass
+class Plan:
+    """Everything needed to rewrite one layer, looked up before anything is touched."""
+
+    found: Found
+    output: fx.Node
+    leaves: dict[Leaf, fx.Node]
+    dead: list[fx.Node]
+    aliases: list[fx.Node]
+
+
+def plan(copy: Canonical, found: Found, region: Region) -> Plan:
+    """Find the original nodes of the border, the output and the inside of a layer.
+
+    Raises:
+        NoMatch: MC212 when a border value or the output exists only inside a composite operation.
+    """
+    output = _output(copy, found.output)
+    leaves = {leaf: _origin(copy, leaf.node) for leaf in found.leaves}
+    order = {n: i for i, n in enumerate(output.graph.nodes)}
+    for leaf, node in leaves.items():
+        if order[node] >= order[output]:
+            raise refuse("MC212", f"{leaf.node.name} comes after the layer's output", leaf.node)
+    aliases = [output]
+    for step in [region.buffer, *region.writes]:
+        if step in region.nodes and step is not found.output and _of_buffer(step, region.buffer):
+            aliases += copy.origins.get(step, [])
+    border = set(leaves.values())
+    inside = {
+        o
+        for n in region.nodes
+        for o in (*copy.origins.get(n, []), *([copy.first_origin[n]] if n in copy.first_origin else []))
+    } - border
+    dead = [n for n in output.graph.nodes if n in inside and n.op not in ("placeholder", "get_attr")]
+    return Plan(found, output, leaves, dead, aliases)
+
+
+def _origin(copy: Canonical, node: fx.Node) -> fx.Node:
+    found = copy.origin(node)
+    if found is None:
+        raise refuse("MC212", f"{node.name} exists only inside a composite operation", node)
+    return found
+
+
+def _output(copy: Canonical, node: fx.Node) -> fx.Node:
+    """The original node after which the layer's result exists; ``out[m] = y`` is one without a value of its own."""
+    if not copy.origins.get(node) and writes(node.target) and node in copy.first_origin:
+        return copy.first_origin[node]
+    return _origin(copy, node)
+
+
+def _of_buffer(step: fx.Node, buffer: fx.Node) -> bool:
+    node = step
+    while node is not buffer and writes(node.target):
+        node = node.args[0]  # type: ignore[assignment]
+    return node is buffer
+
+
+def lower(p: Plan) -> fx.Node:
+    """Insert the op after the layer's output, redirect its users and remove what is dead. Cannot refuse."""
+    graph, found = p.output.graph, p.found
+    before = {n: i for i, n in enumerate(graph.nodes)}
+    end = before[p.output]
+    with graph.inserting_after(p.output):
+        cursor = _Cursor(graph, p.output)
+        result = _call(cursor, p)
+        if found.base is not None:
+            result = cursor.call(torch.add, (p.leaves[found.base], result))
+    new = cursor.made
+    for alias in dict.fromkeys(p.aliases):
+        for user in list(alias.users):
+            if user not in new and before[user] > end:
+                user.replace_input_with(alias, result)
+    _erase(graph, p, new)
+    return result
+
+
+class _Cursor:
+    """Appends nodes one after the other, with the provenance of the output they replace."""
+
+    def __init__(self, graph: fx.Graph, after: fx.Node) -> None:
+        self.graph, self.at, self.source = graph, after, after
+        self.made: set[fx.Node] = set()
+
+    def call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
+        with self.graph.inserting_after(self.at):
+            node = self.graph.call_function(target, args, kwargs or {})
+        for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
+            if key in self.source.meta:
+                node.meta[key] = self.source.meta[key]
+        self.at = node
+        self.made.add(node)
+        return node
+
+
+def _call(c: _Cursor, p: Plan) -> fx.Node:
+    """The op call (or the sequence around a custom activation), in the shape of the original output."""
+    moe, ops = p.found.moe, torch.ops.moe_compile
+    ex, leaves = moe.experts, p.leaves
+    x_shape, out_shape = shape_of(moe.hidden_states.node), shape_of(p.found.output)
+    x = leaves[moe.hidden_states]
+    flat = x if len(x_shape) == 2 else c.call(torch.reshape, (x, (-1, ex.hidden_size)))
+    ids = leaves[moe.topk_ids]
+    if len(shape_of(moe.topk_ids.node)) != 2:
+        ids = c.call(torch.reshape, (ids, (-1, moe.top_k)))
+    weights = _router(c, p, ids)
+    w1, w3, w2, b1, b3, b2 = (_role(c, w, leaves) for w in (ex.w1, ex.w3, ex.w2, ex.b1, ex.b3, ex.b2))
+    if ex.activation is not None:
+        out = c.call(
+            ops.experts.default,
+            (flat, weights, ids, w1, w3, w2, b1, b3, b2, ex.activation.name, ex.activation.args(), ex.activation.gated),
+            {"interleaved": ex.interleaved, "weight_on_input": moe.weight_on_input, "out_dtype": moe.out_dtype},
+        )
+    else:
+        out = _custom(c, p, flat, ids, weights, (w1, w3, w2, b1, b3, b2))
+    if len(out_shape) == 2:
+        return out
+    if len(out_shape) == len(x_shape) and all(same(a, b) for a, b in zip(out_shape, x_shape, strict=True)):
+        return c.call(torch.Tensor.view_as, (out, x))
+    raise AssertionError("checked by shape_is_restorable")
+
+
+def shape_is_restorable(found: Found) -> None:
+    """Refuse an output whose shape is neither ``[T, H]`` nor that of the hidden states."""
+    x_shape, out_shape = shape_of(found.moe.hidden_states.node), shape_of(found.output)
+    alike = len(out_shape) == len(x_shape) and all(same(a, b) for a, b in zip(out_shape, x_shape, strict=True))
+    if len(out_shape) != 2 and not alike:
+        raise refuse("MC207", f"the result has shape {tuple(out_shape)}, the hidden states {tuple(x_shape)}", found.output)
+
+
+def _router(c: _Cursor, p: Plan, ids: fx.Node) -> fx.Node:
+    """The router weights ``[T, K]``; ones where the layer has none."""
+    moe = p.found.moe
+    if moe.topk_weights is None:
+        return c.call(torch.ones_like, (ids,), {"dtype": value(moe.hidden_states.node).dtype})
+    node, shape = p.leaves[moe.topk_weights.leaf], shape_of(moe.topk_weights.leaf.node)
+    if len(shape) != 2 or not same(shape[1], moe.top_k):
+        node = c.call(torch.reshape, (node, (-1, moe.top_k)))
+    for target, *args in moe.topk_weights.steps:
+        node = c.call(target, (node, *args))
+    return node
+
+
+def _role(c: _Cursor, weight: Weight | None, leaves: dict[Leaf, fx.Node]) -> list[fx.Node]:
+    """The tensors of one role as ``[.., out, in]`` views."""
+    if weight is None:
+        return []
+    out = []
+    for handle in weight.parts:
+        node = _cut(c, handle, leaves[handle.leaf], weight.stacked)
+        if weight.transposed:
+            node = c.call(torch.transpose, (node, -2, -1))
+        out.append(node)
+    return out
+
+
+def _cut(c: _Cursor, handle: Handle, node: fx.Node, stacked: bool) -> fx.Node:
+    if handle.cut is None:
+        return node
+    name, start, stop, step = handle.cut
+    dim = int(stacked) + (name == "w1")
+    index = (*[slice(None)] * dim, slice(start, stop, step))
+    return c.call(operator.getitem, (node, index))
+
+
+def _custom(c: _Cursor, p: Plan, x: fx.Node, ids: fx.Node, weights: fx.Node, roles: Any) -> fx.Node:
+    """Sort, gather, GEMM, the user's own row-wise expression in fp32 or better, GEMM, combine."""
+    moe, ops = p.found.moe, torch.ops.moe_compile
+    w1, w3, w2, b1, b3, b2 = roles
+    dtype = value(moe.hidden_states.node).dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    pairs = c.call(ops.sort_pairs.default, (ids, moe.experts.num_experts))
+    order = c.call(operator.getitem, (pairs, 0))
+    offsets = c.call(operator.getitem, (pairs, 1))
+    tokens = c.call(torch.floor_divide, (order, moe.top_k))
+    rows = c.call(torch.index_select, (x, 0, tokens))
+    if moe.weight_on_input:
+        flat = c.call(torch.reshape, (weights, (-1, 1)))
+        picked = c.call(torch.index_select, (flat, 0, order))
+        rows = c.call(torch.Tensor.to, (c.call(torch.mul, (rows, picked)), dtype))
+    middle, inner = moe.experts.custom
+    made: dict[Any, fx.Node] = {}
+    for expr, w, b in zip(inner, (w1, w3), (b1, b3), strict=False):
+        h = c.call(ops.grouped_linear.default, (rows, w, b, offsets))
+        made[expr] = c.call(torch.Tensor.to, (h, wide))
+    h = c.call(torch.Tensor.to, (_emit(c, middle, made), dtype))
+    y = c.call(ops.grouped_linear.default, (h, w2, b2, offsets))
+    scale = None if moe.weight_on_input else weights
+    return c.call(ops.combine.default, (y, order, offsets, scale, moe.top_k), {"out_dtype": moe.out_dtype})
+
+
+def _emit(c: _Cursor, expr: Any, made: dict[Any, fx.Node]) -> Any:
+    if expr in made:
+        return made[expr]
+    if expr[0] == "const":
+        return expr[1]
+    if expr[0] == "cut":
+        _, start, stop, step, inner = expr
+        node = c.call(operator.getitem, (_emit(c, inner, made), (Ellipsis, slice(start, stop, step))))
+    else:
+        _, target, args, kwargs = expr
+        node = c.call(target, tuple(_emit(c, a, made) for a in args), dict(kwargs))
+    made[expr] = node
+    return node
+
+
+def _erase(graph: fx.Graph, p: Plan, new: set[fx.Node]) -> None:
+    """Remove the inside of the layer, and the size assertions that hang on nothing else."""
+    dead = set(p.dead)
+    for node in graph.nodes:
+        inputs = node.all_input_nodes
+        if inputs and all(i in dead for i in inputs) and (node.target is operator.getitem or is_size_check(node)):
+            dead.add(node)
+    for node in reversed(graph.nodes):
+        if node in dead and node not in new and not node.users:
+            graph.erase_node(node)

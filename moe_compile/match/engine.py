@@ -1,0 +1,303 @@
+"""One forward pass over a canonical graph that gives every node its fact.
+
+Rules are small functions in tables (``overload -> rule``): ``rule(engine, node) -> Fact | None``. ``None`` means "says
+nothing"; ``NoMatch`` means "this was part of an MoE layer until here, and here is why it no longer is". In-place
+operations are followed in program order: a write gives its buffer a new version and a new fact and forgets the facts of
+every other view of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..canonical import Canonical, shape_of, tensor_inputs, value
+from ..spec import NoMatch
+from .facts import Fact, Ids, Leaf, Sum
+
+Rule = Callable[["Engine", fx.Node], Any]
+Rules = Mapping[Any, Rule]
+aten = torch.ops.aten
+
+# Results that share memory with their first argument.
+VIEWS = frozenset(
+    {
+        aten.view.default, aten.reshape.default, aten.transpose.int, aten.permute.default, aten.t.default,
+        aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.default, aten.squeeze.dims, aten.expand.default,
+        aten.select.int, aten.slice.Tensor, aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default,
+        aten.split.sizes, aten.unbind.int, aten.narrow.default, aten.flatten.using_ints, aten.detach.default,
+        aten.alias.default, aten.contiguous.default, aten.to.dtype, aten.view_as.default, aten.expand_as.default,
+        aten.to.dtype_layout, aten.to.device, aten.type_as.default, aten.unflatten.int, aten.movedim.int,
+        aten.swapaxes.default, aten.numpy_T.default, aten.mT.default, aten.view.dtype, aten.squeeze_.dim,
+        aten.unsqueeze_.default, aten.swapdims.default, aten.adjoint.default, aten.chunk.default,
+    }
+)
+
+
+_FLAT_VIEWS = frozenset(
+    {
+        aten.view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.default,
+        aten.flatten.using_ints, aten.contiguous.default, aten.clone.default,
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Miss:
+    """A refused step: how far the proof came, and on which routing decision."""
+
+    error: NoMatch
+    position: int
+    ids: Leaf | None
+
+
+class Engine:
+    """Facts of one graph. ``fact(node)`` is the fact as of now (after the writes so far)."""
+
+    def __init__(
+        self, copy: Canonical, tables: Iterable[Rules], fallbacks: Callable[[Any], tuple[Rule, ...]] = lambda _: ()
+    ) -> None:
+        self.copy = copy
+        self.fallbacks = fallbacks
+        self.rules: dict[Any, list[Rule]] = {}
+        for table in tables:
+            for target, rule in table.items():
+                self.rules.setdefault(target, []).append(rule)
+        self.facts: dict[fx.Node, Any] = {}
+        self.position: dict[fx.Node, int] = {}
+        self.misses: list[Miss] = []
+        self.sums: list[tuple[fx.Node, Sum]] = []
+        self.ids: dict[fx.Node, fx.Node] = {}  # leaf -> the first node that used it as expert ids
+        self._base: dict[fx.Node, fx.Node] = {}
+        self._views: dict[fx.Node, list[fx.Node]] = {}
+        self._versions: dict[fx.Node, int] = {}
+        self._written: dict[fx.Node, list[int]] = {}
+        self.first_facts: dict[fx.Node, Any] = {}
+        self._param: dict[fx.Node, bool] = {}
+
+    # -------------------------------------------------------------------------------------- running
+
+    def run(self) -> Engine:
+        """Give every node its fact, in program order."""
+        for i, node in enumerate(self.copy.graph.nodes):
+            self.position[node] = i
+            if node.op == "placeholder" or node.op == "get_attr":
+                continue
+            if node.op == "call_function":
+                self._step(node)
+        return self
+
+    def _step(self, node: fx.Node) -> None:
+        target = node.target
+        first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+        if first is not None and (target in VIEWS or _is_getitem_of_view(node)):
+            base = self.base(first)
+            self._base[node] = base
+            self._views.setdefault(base, []).append(node)
+        fact = self._apply(node)
+        if first is not None and writes(target):
+            self._write(first, node, fact)
+        self._set(node, fact)
+
+    def _apply(self, node: fx.Node) -> Any:
+        for rule in (*self.rules.get(node.target, ()), *self.fallbacks(node.target)):
+            try:
+                fact = rule(self, node)
+            except NoMatch as error:
+                error.node = error.node if error.node is not None else node
+                self.miss(error, node)
+                continue
+            if fact is not None:
+                return fact
+        return None
+
+    def _set(self, node: fx.Node, fact: Any) -> None:
+        if fact is None:
+            self.facts.pop(node, None)
+            return
+        self.facts[node] = fact
+        self.first_facts[node] = fact
+        if isinstance(fact, Sum):
+            self.sums.append((node, fact))
+
+    def _write(self, target: fx.Node, write: fx.Node, fact: Any) -> None:
+        base = self.base(target)
+        self._versions[base] = self._versions.get(base, 0) + 1
+        self._written.setdefault(base, []).append(self.position[write])
+        for other in [base, *self._views.get(base, [])]:
+            if other is not target:
+                self.facts.pop(other, None)
+        # The write's result, and any later read through the written node, have the new fact.
+        self._base[write] = base
+        self._views.setdefault(base, []).append(write)
+        if target is base or self._same_view(target, base):
+            if fact is None:
+                self.facts.pop(target, None)
+            else:
+                self.facts[target] = fact
+        else:
+            self.facts.pop(target, None)
+
+    def _same_view(self, node: fx.Node, base: fx.Node) -> bool:
+        """Whether ``node`` is ``base`` after writes to the whole of it."""
+        while node is not base and writes(node.target):
+            node = node.args[0]  # type: ignore[assignment]
+        return node is base
+
+    # -------------------------------------------------------------------------------------- reading
+
+    def base(self, node: fx.Node) -> fx.Node:
+        """The node that owns the memory of ``node``."""
+        return self._base.get(node, node)
+
+    def fact(self, node: Any) -> Any:
+        """The fact of a node as of now, or None."""
+        return self.facts.get(node) if isinstance(node, fx.Node) else None
+
+    def leaf(self, node: fx.Node) -> Leaf:
+        """A node as a border value: its buffer must not be written after this read."""
+        return Leaf(node, self._versions.get(self.base(node), 0))
+
+    def writes_before(self, node: fx.Node, position: int) -> int:
+        """Number of writes to the memory of ``node`` before a position."""
+        return sum(at < position for at in self._written.get(self.base(node), ()))
+
+    def views(self, base: fx.Node) -> list[fx.Node]:
+        """Every node that shares the memory of ``base``."""
+        return self._views.get(base, [])
+
+    def version(self, node: fx.Node) -> int:
+        """Number of writes so far to the memory of ``node``."""
+        return self._versions.get(self.base(node), 0)
+
+    def ids_leaf(self, node: fx.Node, user: fx.Node) -> Leaf:
+        """``node`` as the expert ids that ``user`` reads: a candidate for a layer starts here."""
+        node = self.strip(node)
+        self.ids.setdefault(node, user)
+        return self.leaf(node)
+
+    def flat_leaf(self, node: fx.Node) -> Leaf:
+        """``leaf`` of what lies under views that keep the row-major order: the lowering reshapes anyway."""
+        while node.target in _FLAT_VIEWS and isinstance(node.args[0], fx.Node):
+            node = node.args[0]
+        return self.leaf(node)
+
+    def strip(self, node: fx.Node) -> fx.Node:
+        """Through integer casts and copies, which change no id."""
+        while node.target in (
+            aten.to.dtype, aten.clone.default, aten.contiguous.default, aten.detach.default, aten.alias.default,
+            aten.to.dtype_layout, aten.to.device,
+        ) and isinstance(node.args[0], fx.Node) and is_integer(node.args[0]):
+            node = node.args[0]
+        return node
+
+    def is_param(self, node: fx.Node) -> bool:
+        """Whether a node depends on nothing but module parameters and buffers (through any operations)."""
+        known = self._param.get(node)
+        if known is None:
+            if node.op == "placeholder":
+                known = _is_parameter(self.copy, node)
+            elif node.op == "get_attr":
+                known = True
+            else:
+                inputs = tensor_inputs(node)
+                known = bool(inputs) and all(self.is_param(i) for i in inputs)
+            self._param[node] = known
+        return known
+
+    def miss(self, error: NoMatch, node: fx.Node) -> None:
+        """Remember a refusal for the report."""
+        self.misses.append(Miss(error, self.position[node], self._routing_of(node)))
+
+    def _routing_of(self, node: fx.Node) -> Leaf | None:
+        for arg in tensor_inputs(node):
+            found = ids_of(self.fact(arg))
+            if found is not None:
+                return found
+        return None
+
+
+def ids_of(fact: Any) -> Leaf | None:
+    """The routing decision that a fact speaks of."""
+    if isinstance(fact, Ids):
+        return fact.leaf
+    found = getattr(fact, "ids", None)
+    if isinstance(found, Leaf):
+        return found
+    rows = getattr(fact, "rows", None)
+    if rows is not None:
+        return rows.ids
+    if isinstance(fact, Sum):
+        for part in fact.parts:
+            if part.gate is not None:
+                return part.gate.ids
+            return ids_of(part.val)
+    for name in ("gate", "gate_in"):
+        if getattr(fact, name, None) is not None:
+            return getattr(fact, name).ids
+    for slot in getattr(fact, "slots", ()):
+        if slot.weight.ids is not None:
+            return slot.weight.ids
+    return None
+
+
+def is_integer(node: fx.Node) -> bool:
+    """Whether a node is an integer tensor."""
+    val = value(node)
+    return isinstance(val, torch.Tensor) and not val.dtype.is_floating_point and val.dtype is not torch.bool
+
+
+def is_float(node: Any) -> bool:
+    """Whether ``node`` is a floating-point tensor node of at least 16 bits."""
+    val = value(node) if isinstance(node, fx.Node) else None
+    return isinstance(val, torch.Tensor) and val.dtype in FLOATS
+
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def rank(node: fx.Node) -> int:
+    """Number of dimensions of a node's tensor."""
+    return len(shape_of(node))
+
+
+def normal_dim(dim: int, n: int) -> int:
+    """A dimension index as a non-negative number."""
+    return dim % n if n else 0
+
+
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument given by position or by keyword."""
+    if len(node.args) > position:
+        return node.args[position]
+    return node.kwargs.get(name, default)
+
+
+def writes(target: Any) -> bool:
+    """Whether an op writes its first argument in place."""
+    schema = getattr(target, "_schema", None)
+    if schema is None or not schema.arguments:
+        return False
+    info = schema.arguments[0].alias_info
+    return info is not None and info.is_write
+
+
+def _is_getitem_of_view(node: fx.Node) -> bool:
+    source = node.args[0]
+    return getattr(node.target, "__name__", "") == "getitem" and isinstance(source, fx.Node) and source.target in VIEWS
+
+
+def _is_parameter(copy: Canonical, node: fx.Node) -> bool:
+    origin = copy.origin(node)
+    if origin is None:
+        return False
+    if "parameter" in origin.name or "buffer" in origin.name or isinstance(origin.type, type) and issubclass(
+        origin.type, torch.nn.Parameter
+    ):
+        return True
+    val = value(node)
+    return isinstance(val, torch.nn.Parameter)

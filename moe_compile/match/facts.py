@@ -1,0 +1,335 @@
+"""What is proved about a value: labelled dimensions and the kinds of facts.
+
+A tensor's dimensions are labelled with *atoms*: ``t0 t1 ..`` (token dimensions), ``k`` (slot of the top-k), ``e``
+(expert), ``r`` (rows picked for one expert, or all pairs in sorted order), ``f`` (features; ``fo``/``fi`` once it is
+split), ``w0 w1`` (the two dimensions of a weight matrix) and ``*`` (a broadcast copy of anything). A dimension is a
+tuple of atoms merged in row-major order, so a view only regroups atoms and a permutation only reorders them. An atom
+of size one is never kept.
+
+Facts say what the elements are. ``Val`` is an expert's value on some rows, ``Gate`` the router weight of an expert
+(``w * [ids == e]``), ``Sum`` a sum of weighted expert outputs: the goal is one ``Sum`` over all experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from torch import fx
+
+from ..spec import NoMatch
+from ..torch_compat import statically_true
+
+
+class Atom(NamedTuple):
+    """One index space of a tensor dimension; ``size`` is an int or a symbolic integer."""
+
+    name: str
+    size: Any
+
+
+Dim = tuple[Atom, ...]
+Dims = tuple[Dim, ...]
+
+
+class Leaf(NamedTuple):
+    """A node at the border of the region, at the version of its buffer when it was read."""
+
+    node: fx.Node
+    version: int
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two sizes are known to be equal."""
+    return statically_true(a == b)
+
+
+def atom(name: str, size: Any) -> Dim:
+    """A dimension of one atom, or () when its size is one."""
+    return () if same(size, 1) else (Atom(name, size),)
+
+
+def names(dims: Dims) -> tuple[tuple[str, ...], ...]:
+    """The atom names of every dimension."""
+    return tuple(tuple(a.name for a in d) for d in dims)
+
+
+def flat_names(dims: Dims) -> set[str]:
+    """All atom names of a value."""
+    return {a.name for d in dims for a in d}
+
+
+def token_dims(shape: Sequence[Any]) -> Dims:
+    """Labels for leading token dimensions."""
+    return tuple(atom(f"t{i}", s) for i, s in enumerate(shape))
+
+
+def is_token(dim: Dim) -> bool:
+    """Whether a dimension runs over tokens only."""
+    return bool(dim) and all(a.name.startswith("t") for a in dim)
+
+
+def regroup(dims: Dims, shape: Sequence[Any]) -> Dims | None:
+    """The labels after ``view(shape)``, or None when a dimension would be cut in the middle of an atom.
+
+    The one cut that keeps a meaning is a feature dimension into two (``f`` -> ``fo``, ``fi``).
+    """
+    atoms = [a for d in dims for a in d]
+    out: list[Dim] = []
+    at = 0
+    for i, size in enumerate(shape):
+        if same(size, 1):
+            out.append(())
+            continue
+        if at >= len(atoms):
+            return None
+        if atoms[at].name == "f" and statically_true(atoms[at].size > size):
+            rest = [s for s in shape[i + 1 :] if not same(s, 1)]
+            if at != len(atoms) - 1 or len(rest) != 1 or not same(size * rest[0], atoms[at].size):
+                return None
+            pieces = [(Atom("fo", size),), *(() if same(s, 1) else (Atom("fi", s),) for s in shape[i + 1 :])]
+            return (*out, *pieces)
+        total: Any = 1
+        dim: list[Atom] = []
+        while not (dim and same(total, size)):
+            if at >= len(atoms):
+                return None
+            dim.append(atoms[at])
+            total = total * atoms[at].size
+            at += 1
+        out.append(tuple(dim))
+    return tuple(out) if at == len(atoms) else None
+
+
+def unify(a: Dims, b: Dims) -> Dims | None:
+    """The labels of an elementwise result (broadcasting, last dimensions aligned), or None if they disagree."""
+    n = max(len(a), len(b))
+    a = ((),) * (n - len(a)) + a
+    b = ((),) * (n - len(b)) + b
+    out: list[Dim] = []
+    for x, y in zip(a, b, strict=True):
+        dim = unify_dim(x, y)
+        if dim is None:
+            return None
+        out.append(dim)
+    return tuple(out)
+
+
+def unify_dim(x: Dim, y: Dim) -> Dim | None:
+    """One dimension of ``unify``: equal labels, a broadcast size one, or a wildcard copy."""
+    if not x or not y:
+        return x or y
+    if len(x) != len(y):
+        if len(x) == 1 and x[0].name == "*":
+            return y if same(x[0].size, size_of(y)) else None
+        if len(y) == 1 and y[0].name == "*":
+            return x if same(y[0].size, size_of(x)) else None
+        return _unify_tokens(x, y)
+    out = []
+    for p, q in zip(x, y, strict=True):
+        if p.name == q.name or q.name == "*":
+            out.append(p)
+        elif p.name == "*":
+            out.append(q)
+        else:
+            return None
+        if not same(p.size, q.size):
+            return None
+    return tuple(out)
+
+
+def size_of(dim: Dim) -> Any:
+    """Number of elements along a dimension."""
+    total: Any = 1
+    for a in dim:
+        total = total * a.size
+    return total
+
+
+def _unify_tokens(x: Dim, y: Dim) -> Dim | None:
+    """Tokens counted in one dimension and in several: equal when their numbers are."""
+    mine, theirs = (tuple(a for a in d if a.name.startswith("t")) for d in (x, y))
+    if not mine or not theirs or x[: len(mine)] != mine or y[: len(theirs)] != theirs:
+        return None
+    rest, other = x[len(mine) :], y[len(theirs) :]
+    if [a.name for a in rest] != [a.name for a in other] or not same(size_of(mine), size_of(theirs)):
+        return None
+    return x if len(mine) < len(theirs) else y
+
+
+# ------------------------------------------------------------------------------------------------ facts
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Base: every fact labels the dimensions of its tensor."""
+
+    dims: Dims
+
+    def with_dims(self, dims: Dims) -> Fact:
+        return replace(self, dims=dims)
+
+
+@dataclass(frozen=True)
+class Ids(Fact):
+    """Expert ids: a leaf of integers ``[t.., k]``."""
+
+    leaf: Leaf
+
+
+@dataclass(frozen=True)
+class RouterWeight:
+    """The border's routing weight: a leaf, then elementwise steps that the lowering repeats."""
+
+    leaf: Leaf
+    steps: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A row space ``r``. ``hit``: the pairs with id ``expert``; ``hit_token``: the tokens that have such a pair;
+    ``sorted``: all pairs in expert order. ``order`` is the order of enumeration (labels of the mask)."""
+
+    kind: str
+    ids: Leaf
+    expert: int | None = None
+    order: tuple[tuple[str, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class Gate(Fact):
+    """``w * [ids == e]`` (``w`` None: one); summed over ``k`` when ``summed``; on picked rows when ``rows``.
+
+    ``expert`` None means that the expert is the ``e`` atom among the dimensions. ``distinct``: right only if no
+    token names an expert twice. ``boolean``: a truth value.
+    """
+
+    ids: Leaf
+    weight: RouterWeight | None = None
+    expert: int | None = None
+    summed: bool = False
+    boolean: bool = False
+    distinct: bool = False
+    rows: Rows | None = None
+
+
+@dataclass(frozen=True)
+class Index(Fact):
+    """An integer vector over rows: the ``token``, the ``slot`` or the flat ``pair`` of each row."""
+
+    rows: Rows
+    what: str
+
+
+@dataclass(frozen=True)
+class SortedIds(Fact):
+    """The expert ids of all pairs in sorted order."""
+
+    rows: Rows
+
+
+@dataclass(frozen=True)
+class Inverse(Fact):
+    """Position of each pair in sorted order."""
+
+    rows: Rows
+
+
+@dataclass(frozen=True)
+class Counts(Fact):
+    """Rows per expert; ``ends``: their running sum."""
+
+    ids: Leaf
+    ends: bool = False
+
+
+@dataclass(frozen=True)
+class Range(Fact):
+    """``arange(start, start+n)``."""
+
+    start: int
+
+
+@dataclass(frozen=True)
+class Filled(Fact):
+    """A fresh tensor of one number (None: uninitialised)."""
+
+    number: float | None
+
+
+@dataclass(frozen=True)
+class Wt(Fact):
+    """A weight of one expert, of every expert (``e`` atom) or of each pair's expert (``source`` "ids").
+
+    ``source``: "one" (a tensor of its own), "row" (row ``expert`` of a stack), "axis", "ids".
+    ``cut`` = (start, stop, step) along ``w0`` (the output features), taken from the leaf.
+    """
+
+    leaf: Leaf
+    source: str
+    expert: int | None = None
+    ids: Leaf | None = None
+    cut: tuple[str, int, int, int] | None = None
+    leaves: tuple[Leaf, ...] = ()
+
+    def key(self) -> tuple[Any, ...]:
+        """What must agree between experts, apart from the tensor itself."""
+        return (self.source in ("one", "row"), self.cut)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A weight used in an expression: which tensor, and whether its last dimension is the output."""
+
+    weight: Wt
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Val(Fact):
+    """An expert's value on some rows.
+
+    ``expr`` is a tree: ``("x",)``, ``("lin", slot, arg)``, ``("bias", slot, arg)``, ``("cut", start, stop, step, arg)``,
+    ``("op", overload, args)`` with ``("const", v)`` leaves. ``slots`` are the weights it names.
+    """
+
+    expr: Any
+    x: Leaf
+    slots: tuple[Slot, ...] = ()
+    rows: Rows | None = None
+    gate: Gate | None = None
+    gate_in: Gate | None = None
+    expert: int | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """One contribution to a sum: a weighted expert output with the gate that goes with it."""
+
+    val: Val
+    gate: Gate | None
+
+
+@dataclass(frozen=True)
+class Sum(Fact):
+    """A sum of contributions over tokens ``[t.., f]`` (plus ``base``, a value from outside, when present)."""
+
+    parts: tuple[Part, ...]
+    base: Leaf | None = None
+    needs: frozenset[str] = field(default_factory=frozenset)
+
+
+@dataclass(frozen=True)
+class Picked(Fact):
+    """``sum[rows]``, and the contribution added to it so far: half of ``out[m] = out[m] + y``."""
+
+    buffer: fx.Node
+    version: int
+    rows: Rows
+    part: Part | None = None
+
+
+def refuse(code: str, reason: str, node: Any = None) -> NoMatch:
+    """Shorthand so that rules read ``raise refuse(...)``."""
+    return NoMatch(code, reason, node)

@@ -1,0 +1,465 @@
+"""From one ``Sum`` of weighted expert outputs to a ``spec.MoE``: every field is proved here or refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..canonical import shape_of, value
+from ..spec import Activation, Experts, MoE, Weight
+from .activation import activation_of
+from .combine import merge_weights
+from .engine import Engine, aten
+from .facts import Gate, Leaf, Part, RouterWeight, Slot, Sum, Val, Wt, flat_names, refuse, same
+from .routing import top_k
+from .values import renumber
+
+
+@dataclass(frozen=True)
+class Handle:
+    """How the lowering gets one weight tensor: the border node, then a slice and a transposition of it."""
+
+    leaf: Leaf
+    cut: tuple[str, int, int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The border of a layer."""
+
+    ids: Leaf
+    weight: RouterWeight | None
+    x: Leaf
+
+
+@dataclass(frozen=True)
+class Found:
+    """A proved layer: the spec (handles are ``Handle``/``Routing`` parts), and where it ends."""
+
+    moe: MoE
+    routing: Routing
+    output: fx.Node
+    base: Leaf | None
+    leaves: tuple[Leaf, ...]
+
+
+def build(engine: Engine, output: fx.Node, total: Sum, form: str) -> Found:
+    """Prove that ``total`` is the whole sum of one MoE layer.
+
+    Raises:
+        NoMatch: with the first fact that fails.
+    """
+    val, gate, weighted_input = _one_expression(total, output)
+    ids = _same_routing(total, output)
+    router = _router_weight(total, output)
+    experts = _experts(engine, val, output)
+    _sizes(engine, val, ids, router, experts, output)
+    if weighted_input:
+        _weighted_input_is_exact(val, experts, output)
+    if total.needs or any(_needs_distinct(p) for p in total.parts):
+        _prove_distinct(engine, ids, output)
+    if any(s.weight.source == "ids" for s in val.slots):
+        _prove_range(engine, ids, experts.num_experts, output)
+    moe = MoE(
+        hidden_states=val.x,
+        topk_ids=ids,
+        topk_weights=router,
+        top_k=int(top_k(engine, ids)),
+        experts=experts,
+        weight_on_input=weighted_input,
+        out_dtype=value(output).dtype,
+        form=form,
+    )
+    leaves = [val.x, ids, *([router.leaf] if router is not None else [])]
+    for weight in experts.weights:
+        leaves += [h.leaf for h in weight.parts]
+    if total.base is not None:
+        leaves.append(total.base)
+    return Found(moe, Routing(ids, router, val.x), output, total.base, tuple(leaves))
+
+
+def _gate_of(part: Part) -> Gate | None:
+    return part.gate if part.gate is not None else part.val.gate_in
+
+
+def expert_of(part: Part) -> int | None:
+    """The constant expert id that a part belongs to, or None when it covers all experts."""
+    gate = _gate_of(part)
+    if part.val.rows is not None and part.val.rows.expert is not None:
+        return part.val.rows.expert
+    return gate.expert if gate is not None else None
+
+
+def _one_expression(total: Sum, node: fx.Node) -> tuple[Val, Gate | None, bool]:
+    """All parts as one expression with an ``e`` dimension on every weight."""
+    first = total.parts[0]
+    inputs = {p.val.gate_in is not None for p in total.parts}
+    if len(inputs) > 1 or any(p.val.gate_in is not None and p.gate is not None for p in total.parts):
+        raise refuse("MC302", "the router weight is applied to the input and to the output", node)
+    weighted_input = inputs.pop()
+    experts = [expert_of(p) for p in total.parts]
+    if experts[0] is None:
+        if len(total.parts) != 1:
+            raise refuse("MC208", f"{len(total.parts)} sums over all experts are added up", node)
+        val = first.val
+        if val.rows is not None and val.rows.kind != "sorted":
+            raise refuse("MC208", "the sum does not cover the experts one by one", node)
+        sources = {s.weight.source for s in val.slots}
+        if not sources <= {"axis", "ids"} or len(sources) != 1:
+            raise refuse("MC201", f"some weights are not per expert ({', '.join(sorted(sources))})", node)
+        return val, first.gate, weighted_input
+    if None in experts:
+        raise refuse("MC208", "a sum over all experts is mixed with single experts", node)
+    order = sorted(range(len(experts)), key=lambda i: experts[i])  # type: ignore[arg-type,return-value]
+    ids = [experts[i] for i in order]
+    if ids != list(range(len(ids))):
+        raise refuse("MC208", f"experts {_short(ids)} are summed, expected each of 0..{len(ids) - 1} once", node)
+    parts = [total.parts[i] for i in order]
+    for e, part in enumerate(parts):
+        gate = _gate_of(part)
+        if gate is not None and gate.expert != e:
+            raise refuse("MC208", f"rows of expert {e} are weighted for expert {gate.expert}", node)
+        v = part.val
+        if v.x != first.val.x:
+            raise refuse("MC207", f"expert {e} reads another input than expert 0", v.x.node)
+        if v.expr != parts[0].val.expr or len(v.slots) != len(parts[0].val.slots):
+            raise refuse("MC201", f"expert {e} computes something else than expert 0", node)
+        for n, slot in enumerate(v.slots):
+            if slot.weight.source == "row" and slot.weight.expert != e:
+                raise refuse("MC208", f"tokens of expert {e} go through row {slot.weight.expert}", node)
+            if slot.transposed != parts[0].val.slots[n].transposed:
+                raise refuse("MC201", "some experts' weights are transposed and others are not", node)
+    if len(parts) < 2:
+        raise refuse("MC208", "a single expert is no mixture", node)
+    slots = tuple(
+        Slot(merge_weights([p.val.slots[n].weight for p in parts], node), parts[0].val.slots[n].transposed)
+        for n in range(len(parts[0].val.slots))
+    )
+    val = replace(parts[0].val, slots=slots, expr=renumber(parts[0].val.expr, list(range(len(slots)))))
+    return val, parts[0].gate, weighted_input
+
+
+def _short(ids: list[Any]) -> str:
+    text = [str(i) for i in ids]
+    return "[" + ", ".join(text if len(text) <= 8 else [*text[:4], "..", *text[-2:]]) + "]"
+
+
+def _same_routing(total: Sum, node: fx.Node) -> Leaf:
+    leaves = set()
+    for part in total.parts:
+        gate, rows = _gate_of(part), part.val.rows
+        leaves |= {gate.ids} if gate is not None else set()
+        leaves |= {rows.ids} if rows is not None else set()
+        leaves |= {s.weight.ids for s in part.val.slots if s.weight.ids is not None}
+    if len(leaves) != 1:
+        raise refuse("MC207", f"the experts are chosen by {len(leaves)} different index tensors", node)
+    return leaves.pop()
+
+
+def _router_weight(total: Sum, node: fx.Node) -> RouterWeight | None:
+    found = {g.weight if (g := _gate_of(p)) is not None else None for p in total.parts}
+    if len(found) != 1:
+        raise refuse("MC207", "the experts are weighted by different tensors", node)
+    return found.pop()
+
+
+def _needs_distinct(part: Part) -> bool:
+    gate = _gate_of(part)
+    if gate is None:
+        return part.val.rows is not None and part.val.rows.kind == "hit_token"
+    return gate.distinct
+
+
+# ------------------------------------------------------------------------------------- the expert
+
+
+def _experts(engine: Engine, val: Val, node: fx.Node) -> Experts:
+    """The two GEMMs and what stands between them."""
+    expr, b2 = val.expr, None
+    if expr[0] == "bias":
+        b2, expr = val.slots[expr[1]], expr[2]
+    if expr[0] != "lin":
+        raise refuse("MC303", f"the expert does not end in a linear map but in {_name(expr)}", node)
+    w2, middle = val.slots[expr[1]], expr[2]
+    inner: list[Any] = []
+    _inner_maps(middle, inner, node)
+    if not inner:
+        raise refuse("MC301", "an expert is a single linear map", node)
+    if len(inner) > 2:
+        raise refuse("MC301", f"an expert has {len(inner)} input projections", node)
+    maps = [_map(val, m) for m in inner]
+    count = _count(w2.weight)
+    out_features, inter = _features(w2)
+    hidden = _features(maps[0][0])[1]
+    if out_features != hidden:
+        raise refuse("MC201", f"experts map H={hidden} to {out_features} features", node)
+    common: dict[str, Any] = dict(num_experts=count, hidden_size=hidden, w2=_weight(w2), b2=_bias(b2))
+    for m, b in [*maps, (w2, b2)]:
+        for slot in (m, b):
+            if slot is not None and _count(slot.weight) != count:
+                raise refuse("MC208", f"weights of {_count(slot.weight)} and of {count} experts meet", node)
+    built = _known(maps, inner, middle, inter, common)
+    if built is None:
+        built = _custom(maps, inner, middle, inter, common)
+    _dtypes(engine, val, built, node)
+    return built
+
+
+def _inner_maps(expr: Any, found: list[Any], node: fx.Node) -> None:
+    """The distinct ``lin(x)`` (with their bias) inside an expression, in order of appearance."""
+    if expr[0] == "x":
+        raise refuse("MC301", "the expert's input bypasses its first linear map", node)
+    if expr[0] == "bias" or expr[0] == "lin":
+        lin = expr[2] if expr[0] == "bias" else expr
+        if lin[2] != ("x",):
+            raise refuse("MC301", "an expert has more than two linear maps in a row", node)
+        if expr not in found:
+            found.append(expr)
+    elif expr[0] == "cut":
+        _inner_maps(expr[4], found, node)
+    elif expr[0] == "op":
+        for a in expr[2]:
+            _inner_maps(a, found, node)
+
+
+def _map(val: Val, expr: Any) -> tuple[Slot, Slot | None]:
+    if expr[0] == "bias":
+        return val.slots[expr[2][1]], val.slots[expr[1]]
+    return val.slots[expr[1]], None
+
+
+def _known(maps: Any, inner: Any, middle: Any, inter: int, common: Any) -> Experts | None:
+    """The experts with a closed-form activation, or None."""
+    if len(inner) == 2:
+        for gate, up in ((0, 1), (1, 0)):
+            act = _activation(middle, {inner[gate]: ("gate",), inner[up]: ("up",)})
+            if act is not None and act.gated and _rows(maps[0][0]) == _rows(maps[1][0]) == inter:
+                (w1, b1), (w3, b3) = maps[gate], maps[up]
+                return Experts(
+                    **common, intermediate_size=inter, w1=_weight(w1), b1=_bias(b1), w3=_weight(w3), b3=_bias(b3),
+                    activation=act,
+                )
+        return None
+    (w1, b1), whole = maps[0], inner[0]
+    rows = _rows(w1)
+    act = _activation(middle, {whole: ("gate",)})
+    if act is not None and not act.gated and rows == inter:
+        return Experts(**common, intermediate_size=inter, w1=_weight(w1), b1=_bias(b1), activation=act)
+    if rows != 2 * inter:
+        return None
+    halves = [("cut", 0, inter, 1, whole), ("cut", inter, rows, 1, whole)]
+    lanes = [("cut", 0, rows, 2, whole), ("cut", 1, rows, 2, whole)]
+    for interleaved, (first, second) in ((False, halves), (True, lanes)):
+        act = _activation(middle, {first: ("gate",), second: ("up",)})
+        if act is not None and act.gated:
+            return Experts(
+                **common, intermediate_size=inter, w1=_weight(w1), b1=_bias(b1), activation=act,
+                interleaved=interleaved,
+            )
+        act = _activation(middle, {second: ("gate",), first: ("up",)})
+        if act is not None and act.gated:
+            up, gate = first[1:4], second[1:4]
+            return Experts(
+                **common, intermediate_size=inter, activation=act,
+                w1=_weight(w1, gate), b1=_bias(b1, gate), w3=_weight(w1, up), b3=_bias(b1, up),
+            )
+    return None
+
+
+def _custom(maps: Any, inner: Any, middle: Any, inter: int, common: Any) -> Experts:
+    """Two grouped GEMMs around the user's own row-wise expression."""
+    (w1, b1), other = maps[0], maps[1] if len(maps) > 1 else (None, None)
+    return Experts(
+        **common, intermediate_size=inter, w1=_weight(w1), b1=_bias(b1),
+        w3=_weight(other[0]) if other[0] is not None else None, b3=_bias(other[1]),
+        activation=None, custom=(middle, tuple(inner)),
+    )
+
+
+def _activation(middle: Any, leaves: dict[Any, Any]) -> Activation | None:
+    expr = _plain(middle, leaves)
+    return activation_of(expr) if expr is not None else None
+
+
+def _plain(expr: Any, leaves: dict[Any, Any]) -> Any:
+    """An expression in ``activation_of``'s form, or None when a linear map is left over."""
+    if expr in leaves:
+        return leaves[expr]
+    if expr[0] == "const":
+        return expr
+    if expr[0] != "op":
+        return None
+    name = expr[1].overloadpacket.__name__
+    kwargs = dict(expr[3])
+    args = [_plain(a, leaves) for a in expr[2]]
+    if any(a is None for a in args):
+        return None
+    if name == "gelu":
+        approximate = kwargs.pop("approximate", "none")
+        if len(args) > 1:
+            approximate = args.pop(1)[1]
+        name = "gelu_tanh" if approximate == "tanh" else "gelu"
+    if name in ("clamp", "hardtanh"):
+        low, high = kwargs.pop("min", None), kwargs.pop("max", None)
+        given = [a[1] for a in args[1:]]
+        low, high = given[0] if given else low, given[1] if len(given) > 1 else high
+        args = [args[0], ("const", low), ("const", high)]
+    if kwargs.pop("alpha", 1) != 1 or kwargs:
+        return None
+    return (name, *args)
+
+
+def _name(expr: Any) -> str:
+    return expr[1].overloadpacket.__name__ if expr[0] == "op" else str(expr[0])
+
+
+def _count(weight: Wt) -> int:
+    if weight.source == "axis":
+        return int(weight.dims[[i for i, d in enumerate(weight.dims) if "e" in {a.name for a in d}][0]][0].size)
+    assert weight.source == "ids" and weight.expert is not None
+    return weight.expert
+
+
+def _atom_size(weight: Wt, name: str) -> int:
+    return next(int(a.size) for d in weight.dims for a in d if a.name == name)
+
+
+def _features(slot: Slot) -> tuple[int, int]:
+    """(out, in) features of a weight matrix."""
+    rows, columns = _atom_size(slot.weight, "w0"), _atom_size(slot.weight, "w1")
+    return (columns, rows) if slot.transposed else (rows, columns)
+
+
+def _rows(slot: Slot) -> int:
+    return _features(slot)[0]
+
+
+def _weight(slot: Slot, cut: tuple[int, int, int] | None = None) -> Weight:
+    """A matrix role; ``cut`` selects output features of it."""
+    w = slot.weight
+    taken = w.cut
+    if cut is not None:
+        if taken is not None:
+            raise refuse("MC301", "a slice of a sliced weight")
+        taken = ("w1" if slot.transposed else "w0", *cut)
+    leaves = w.leaves or (w.leaf,)
+    stacked = not w.leaves
+    return Weight(tuple(Handle(leaf, taken) for leaf in leaves), stacked, slot.transposed)
+
+
+def _bias(slot: Slot | None, cut: tuple[int, int, int] | None = None) -> Weight | None:
+    if slot is None:
+        return None
+    w = slot.weight
+    taken = w.cut if cut is None else ("w0", *cut)
+    leaves = w.leaves or (w.leaf,)
+    return Weight(tuple(Handle(leaf, taken) for leaf in leaves), not w.leaves)
+
+
+def _dtypes(engine: Engine, val: Val, experts: Experts, node: fx.Node) -> None:
+    dtype = value(val.x.node).dtype
+    for weight in experts.weights:
+        for handle in weight.parts:
+            tensor = value(handle.leaf.node)
+            if tensor.dtype != dtype:
+                raise refuse("MC401", f"weights are {tensor.dtype}, the hidden states {dtype}", handle.leaf.node)
+            if type(tensor).__name__ not in ("FakeTensor", "Tensor", "Parameter"):
+                raise refuse("MC402", f"weights are a {type(tensor).__name__}", handle.leaf.node)
+            if tensor.device != value(val.x.node).device:
+                raise refuse("MC401", f"weights are on {tensor.device}, the hidden states elsewhere", handle.leaf.node)
+    if value(node).dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise refuse("MC401", f"the result is {value(node).dtype}", node)
+
+
+# ------------------------------------------------------------------------------------- routing facts
+
+
+def _sizes(engine: Engine, val: Val, ids: Leaf, router: RouterWeight | None, experts: Experts, node: fx.Node) -> None:
+    """T, K and H agree between the border values and the output."""
+    k = top_k(engine, ids)
+    if not isinstance(k, int):
+        raise refuse("MC207", f"top-k is not a constant: {k}", node)
+    shape = shape_of(ids.node)
+    tokens = _numel(shape[:-1] if len(shape) > 1 else shape)
+    if not same(_numel(shape_of(val.x.node)[:-1]), tokens):
+        raise refuse("MC207", "hidden states and expert ids have different numbers of tokens", node)
+    if router is not None and not same(_numel(shape_of(router.leaf.node)), tokens * k):
+        raise refuse("MC207", "router weights and expert ids have different sizes", node)
+    out = shape_of(node)
+    if not same(_numel(out), tokens * experts.hidden_size) or not same(out[-1], experts.hidden_size):
+        raise refuse("MC207", "the result does not have one row per token", node)
+    if shape_of(val.x.node)[-1] != experts.hidden_size:
+        raise refuse("MC207", "the input features are not the experts' hidden size", node)
+
+
+def _numel(shape: Any) -> Any:
+    total: Any = 1
+    for s in shape:
+        total = total * s
+    return total
+
+
+def _weighted_input_is_exact(val: Val, experts: Experts, node: fx.Node) -> None:
+    """Where experts also run on unrouted tokens (input scaled by zero), they must map zero to zero."""
+    if val.rows is not None or not any(s.weight.source == "axis" for s in val.slots):
+        return
+    if any(b is not None for b in (experts.b1, experts.b2, experts.b3)) or experts.activation is None:
+        raise refuse("MC302", "experts also run on unrouted tokens and do not map zero to zero", node)
+
+
+def _prove_distinct(engine: Engine, ids: Leaf, node: fx.Node) -> None:
+    if same(top_k(engine, ids), 1) or _chosen_from(engine, ids.node) is not None:
+        return
+    raise refuse("MC207", "a token may name one expert twice: the ids do not come from a top-k", node)
+
+
+def _prove_range(engine: Engine, ids: Leaf, experts: int, node: fx.Node) -> None:
+    size = _chosen_from(engine, ids.node)
+    if size is None:
+        raise refuse("MC207", f"the ids are not known to lie in [0, {experts}): they do not come from a top-k", node)
+    if not isinstance(size, int) or size > experts:
+        raise refuse("MC207", f"the ids come from a top-k over {size} scores, the weights hold {experts} experts", node)
+
+
+_THROUGH = (
+    aten.to.dtype, aten.view.default, aten.reshape.default, aten.clone.default, aten.contiguous.default,
+    aten.detach.default, aten.squeeze.dim, aten.unsqueeze.default, aten.flatten.using_ints, aten._to_copy.default,
+    aten.alias.default,
+)  # fmt: skip
+
+
+def _chosen_from(engine: Engine, node: fx.Node) -> Any:
+    """Number of scores that the ids were chosen from (top-k, sort or argmax over the last dimension), or None."""
+    while node.target in _THROUGH:
+        inner = node.args[0]
+        assert isinstance(inner, fx.Node)
+        node = inner
+    if node.target is aten.slice.Tensor or node.target is aten.narrow.default:
+        inner = node.args[0]
+        assert isinstance(inner, fx.Node)
+        dim = node.args[1] if len(node.args) > 1 else 0
+        if dim not in (-1, len(shape_of(inner)) - 1):
+            return None
+        node = inner
+    if node.target in (aten.argmax.default, aten.argmin.default, aten.argsort.default, aten.argsort.stable):
+        source, dim = node.args[0], (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim"))
+    else:
+        chosen = node.args[0] if node.args else None
+        if not isinstance(chosen, fx.Node) or node.args[1:] != (1,) or chosen.target not in (
+            aten.topk.default, aten.sort.default, aten.sort.stable, aten.max.dim, aten.min.dim
+        ):
+            return None
+        at = 2 if chosen.target is aten.topk.default else 1
+        source = chosen.args[0]
+        dim = chosen.args[at] if len(chosen.args) > at else chosen.kwargs.get("dim", -1)
+    assert isinstance(source, fx.Node)
+    shape = shape_of(source)
+    if dim is None or dim not in (-1, len(shape) - 1):
+        return None
+    return shape[-1]
+
+
+_ = flat_names

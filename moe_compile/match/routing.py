@@ -1,0 +1,654 @@
+"""Rules for the routing decision: masks, one-hot and combine matrices, and the rows they pick."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..canonical import shape_of, value
+from .engine import Engine, Rules, argument, aten, is_float, is_integer, normal_dim, rank
+from .facts import (
+    Atom,
+    Dim,
+    Dims,
+    Filled,
+    Gate,
+    Ids,
+    Index,
+    Inverse,
+    Leaf,
+    Picked,
+    Range,
+    RouterWeight,
+    Rows,
+    SortedIds,
+    Sum,
+    Val,
+    Wt,
+    flat_names,
+    is_token,
+    names,
+    refuse,
+    same,
+    token_dims,
+    unify,
+)
+from .values import lift, weight_leaf, x_rows
+
+
+def ids_dims(engine: Engine, node: fx.Node) -> tuple[Leaf, Dims] | None:
+    """A plain integer tensor as expert ids ``[t.., k]`` (or ``[t]`` for top-1), seen through views."""
+    fact = engine.fact(node)
+    if isinstance(fact, Ids):
+        return fact.leaf, fact.dims
+    if fact is not None or not is_integer(node):
+        return None
+
+    def base(en: Engine, leaf: fx.Node) -> Ids | None:
+        shape = shape_of(leaf)
+        if not shape:
+            return None
+        if len(shape) == 1:
+            return Ids(token_dims(shape), en.leaf(leaf))
+        last = shape[-1]
+        slot: Dim = () if same(last, 1) else (Atom("k", last),)
+        return Ids((*token_dims(shape[:-1]), slot), en.leaf(leaf))
+
+    found = lift(engine, node, base)
+    if not isinstance(found, Ids):
+        return None
+    return engine.ids_leaf(found.leaf.node, node), found.dims
+
+
+def top_k(engine: Engine, leaf: Leaf) -> Any:
+    """K of a routing decision: the last size of its ids (1 when they are ``[t]``)."""
+    shape = shape_of(leaf.node)
+    return shape[-1] if len(shape) > 1 else 1
+
+
+def _eq(engine: Engine, node: fx.Node) -> Any:
+    a, b = node.args[0], node.args[1]
+    assert isinstance(a, fx.Node)
+    if isinstance(b, int) and not isinstance(b, bool):
+        found = ids_dims(engine, a) if engine.fact(a) is None or isinstance(engine.fact(a), Ids) else None
+        if found is None:
+            return None
+        leaf, dims = found
+        return Gate(dims, leaf, expert=b, boolean=True, summed="k" not in flat_names(dims))
+    if not isinstance(b, fx.Node):
+        return None
+    if isinstance(engine.fact(a), Range):
+        a, b = b, a
+    span = engine.fact(b)
+    found = ids_dims(engine, a)
+    if not isinstance(span, Range) or found is None or span.start != 0:
+        return None
+    leaf, dims = found
+    labels = tuple(tuple(Atom("e", x.size) for x in d) for d in span.dims)
+    merged = unify(dims, labels)
+    if merged is None:
+        return None
+    return Gate(merged, leaf, boolean=True, summed="k" not in flat_names(merged))
+
+
+def _one_hot(engine: Engine, node: fx.Node) -> Any:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    found = ids_dims(engine, source)
+    count = shape_of(node)[-1]
+    if found is None or not isinstance(count, int) or count < 2:
+        return None
+    leaf, dims = found
+    return Gate((*dims, (Atom("e", count),)), leaf, summed="k" not in flat_names(dims))
+
+
+def as_router_weight(engine: Engine, node: Any, gate: Gate, dims: Dims) -> RouterWeight | None:
+    """A plain tensor that lines up with ``[t.., k]`` of ``dims`` (and nothing else) as the router weight."""
+    if not isinstance(node, fx.Node) or not is_float(node) or engine.fact(node) is not None:
+        return None
+    shape = shape_of(node)
+    if len(shape) > len(dims):
+        return None
+    labels = dims[len(dims) - len(shape) :]
+    for size, label in zip(shape, labels, strict=True):
+        routed = bool(label) and all(a.name == "k" or a.name.startswith("t") for a in label)
+        if routed and not same(size, _size(label)):
+            return None
+        if not routed and not same(size, 1):
+            return None
+    if any(is_token(d) or _is_slot(d) for d in dims[: len(dims) - len(shape)]):
+        return None
+    return RouterWeight(engine.flat_leaf(node))
+
+
+def _is_slot(dim: Dim) -> bool:
+    return any(a.name == "k" for a in dim)
+
+
+def _size(dim: Dim) -> Any:
+    total: Any = 1
+    for a in dim:
+        total = total * a.size
+    return total
+
+
+def weigh(engine: Engine, node: fx.Node, gate: Gate, other: Any) -> Gate | None:
+    """``gate * other`` for a plain router weight or a number."""
+    if isinstance(other, (int, float)) and gate.weight is not None and not isinstance(other, bool):
+        step = (aten.mul.Tensor, other)
+        return replace(gate, weight=replace(gate.weight, steps=(*gate.weight.steps, step)))
+    if gate.weight is not None or gate.summed and "k" in _labels_of_ids(engine, gate):
+        return None
+    weight = as_router_weight(engine, other, gate, gate.dims)
+    if weight is None:
+        return None
+    dims = unify(gate.dims, tuple(() for _ in shape_of(other)))
+    return None if dims is None else replace(gate, dims=dims, weight=weight, boolean=False)
+
+
+def _labels_of_ids(engine: Engine, gate: Gate) -> set[str]:
+    return set() if same(top_k(engine, gate.ids), 1) else {"k"}
+
+
+def _mul(engine: Engine, node: fx.Node) -> Any:
+    a, b = node.args[0], node.args[1]
+    for x, y in ((a, b), (b, a)):
+        gate, other = engine.fact(x), engine.fact(y)
+        if isinstance(gate, Gate) and gate.rows is None and other is None:
+            found = weigh(engine, node, gate, y)
+            if found is not None:
+                return found
+    for x, y in ((a, b), (b, a)):
+        val = engine.fact(x)
+        if isinstance(val, Val):
+            found = apply_gate(engine, node, val, y)
+            if found is not None:
+                return found
+        gate = engine.fact(x)
+        if isinstance(gate, Gate) and isinstance(y, fx.Node) and engine.fact(y) is None:
+            lifted = x_rows(engine, y)
+            if lifted is not None and "f" in flat_names(lifted.dims):
+                found = apply_gate(engine, node, lifted, x)
+                if found is not None:
+                    return found
+    return None
+
+
+def apply_gate(engine: Engine, node: fx.Node, val: Val, other: Any) -> Val | None:
+    """``val * other`` where ``other`` is a gate, or the plain router weight of every pair."""
+    gate = engine.fact(other)
+    if not isinstance(gate, Gate):
+        if not isinstance(other, fx.Node) or gate is not None or not _is_pairs(val):
+            return None
+        ids = pair_ids(val)
+        if ids is None:
+            return None
+        dims = tuple(() if any(a.name == "f" for a in d) else d for d in val.dims)
+        weight = as_router_weight(engine, other, Gate(dims, ids), dims)
+        if weight is None:
+            return None
+        gate = Gate(dims, ids, weight=weight)
+    if val.gate is not None:
+        raise refuse("MC304", "an expert's output is weighted twice", node)
+    dims = unify(val.dims, gate.dims)
+    if dims is None:
+        return None
+    if gate.rows != val.rows and (gate.rows is not None or val.rows is not None):
+        raise refuse("MC207", "the weights belong to other rows than the expert's output", node)
+    return replace(val, dims=dims, gate=replace(gate, dims=gate.dims))
+
+
+def _is_pairs(val: Val) -> bool:
+    return val.rows is None and pair_ids(val) is not None
+
+
+def pair_ids(val: Val) -> Leaf | None:
+    """The routing decision behind weights that were gathered per pair."""
+    for slot in val.slots:
+        if slot.weight.source == "ids":
+            return slot.weight.ids
+    return None
+
+
+def _where(engine: Engine, node: fx.Node) -> Any:
+    """``where(mask, weight, 0)``: the weight under the mask."""
+    mask, yes, no = node.args[0], node.args[1], node.args[2]
+    gate = engine.fact(mask)
+    if not isinstance(gate, Gate) or not _is_zero(engine, no):
+        return None
+    return weigh(engine, node, gate, yes)
+
+
+def _is_zero(engine: Engine, node: Any) -> bool:
+    if isinstance(node, (int, float)):
+        return node == 0
+    fact = engine.fact(node)
+    if isinstance(fact, Filled):
+        return fact.number == 0
+    target = node.target if isinstance(node, fx.Node) else None
+    return target is aten.scalar_tensor.default and node.args[0] == 0
+
+
+def _any(engine: Engine, node: fx.Node) -> Any:
+    gate = engine.fact(node.args[0])
+    if not isinstance(gate, Gate) or gate.weight is not None or gate.rows is not None:
+        return None
+    dim = argument(node, 1, "dim")
+    if not isinstance(dim, int):
+        return None
+    dim = normal_dim(dim, len(gate.dims))
+    if names((gate.dims[dim],)) not in ((("k",),), ((),)):
+        return None
+    keep = bool(argument(node, 2, "keepdim", False))
+    dims = (*gate.dims[:dim], *(((),) if keep else ()), *gate.dims[dim + 1 :])
+    return replace(gate, dims=dims, summed=True, boolean=True, distinct=gate.distinct or not gate.summed)
+
+
+def sum_gate(engine: Engine, node: fx.Node, gate: Gate, dims: list[int], keep: bool) -> Gate | None:
+    """``gate`` summed over its slot dimension."""
+    labels = {a.name for d in dims for a in gate.dims[d]}
+    if not labels <= {"k"}:
+        return None
+    left = tuple(
+        () if i in dims else d for i, d in enumerate(gate.dims) if keep or i not in dims
+    )
+    return replace(gate, dims=left, summed=gate.summed or "k" in labels, boolean=False)
+
+
+def _scatter(engine: Engine, node: fx.Node) -> Any:
+    """``zeros[T, E].scatter(1, ids, w)``: the combine matrix; ``full(-inf)`` then sigmoid or softmax likewise."""
+    target, dim, index, src = node.args[0], node.args[1], node.args[2], node.args[3]
+    assert isinstance(target, fx.Node) and isinstance(index, fx.Node)
+    filled = engine.fact(target)
+    if not isinstance(filled, Filled) or filled.number not in (0.0, float("-inf")):
+        return None
+    found = ids_dims(engine, index) if engine.fact(index) is None else None
+    shape = shape_of(target)
+    if found is None or normal_dim(int(dim), len(shape)) != len(shape) - 1:  # type: ignore[call-overload]
+        return None
+    leaf, dims = found
+    if len(dims) != len(shape) or not isinstance(shape[-1], int) or shape[-1] < 2:
+        return None
+    if not all(same(a, b) for a, b in zip(shape[:-1], shape_of(index)[:-1], strict=True)):
+        return None
+    weight: RouterWeight | None
+    if isinstance(src, (int, float)):
+        weight = None if src == 1 else None
+        if src != 1:
+            return None
+    else:
+        if not isinstance(src, fx.Node) or not all(
+            same(a, b) for a, b in zip(shape_of(src), shape_of(index), strict=False)
+        ):
+            return None
+        fact = engine.fact(src)
+        if isinstance(fact, Filled) and fact.number == 1.0:
+            weight = None
+        elif fact is None and is_float(src):
+            weight = RouterWeight(engine.flat_leaf(src))
+        else:
+            return None
+    adds = "add" in str(node.target)
+    out = (*dims[:-1], (Atom("e", shape[-1]),))
+    gate = Gate(out, leaf, weight=weight, summed=True, distinct=not adds and "k" in flat_names(dims))
+    return gate if filled.number == 0.0 else _Masked(out, gate)
+
+
+class _Masked:
+    """Scores of the chosen experts, minus infinity elsewhere: a gate once a function sends -inf to zero."""
+
+    def __init__(self, dims: Dims, gate: Gate) -> None:
+        self.dims, self.gate, self.ids = dims, gate, gate.ids
+
+    def with_dims(self, dims: Dims) -> _Masked:
+        return _Masked(dims, replace(self.gate, dims=dims))
+
+
+def _unmask(engine: Engine, node: fx.Node) -> Any:
+    masked = engine.fact(node.args[0])
+    if not isinstance(masked, _Masked) or masked.gate.weight is None:
+        return None
+    if node.target in (aten.softmax.int, aten._softmax.default):
+        dim = normal_dim(int(node.args[1]), len(masked.dims))  # type: ignore[arg-type]
+        if names((masked.dims[dim],)) != (("e",),):
+            return None
+        step: Any = (aten.softmax.int, -1)
+        dtype = argument(node, 2, "dtype")
+        if isinstance(dtype, torch.dtype):
+            step = (aten.softmax.int, -1, dtype)
+        if not masked.gate.distinct:
+            return None
+    else:
+        step = (aten.sigmoid.default,)
+    weight = masked.gate.weight
+    return replace(masked.gate, dims=masked.dims, weight=replace(weight, steps=(*weight.steps, step)))
+
+
+def _masked_cast(engine: Engine, node: fx.Node) -> Any:
+    fact = engine.fact(node.args[0])
+    return fact if isinstance(fact, _Masked) and is_float(node) else None
+
+
+# ------------------------------------------------------------------------------------- picked rows
+
+
+def rows_of_mask(gate: Gate) -> Rows | None:
+    """The row space that ``nonzero(mask)`` or ``x[mask]`` enumerates."""
+    if gate.weight is not None or gate.expert is None or gate.rows is not None or "e" in flat_names(gate.dims):
+        return None
+    kind = "hit" if "k" in flat_names(gate.dims) or not gate.distinct else "hit_token"
+    return Rows(kind, gate.ids, gate.expert, names(gate.dims))
+
+
+def _nonzero(engine: Engine, node: fx.Node) -> Any:
+    """``where(mask)`` / ``nonzero(as_tuple=True)``: one index vector per dimension of the mask."""
+    gate = engine.fact(node.args[0])
+    if not isinstance(gate, Gate):
+        return None
+    rows = rows_of_mask(gate)
+    if rows is None:
+        return None
+    out: list[Any] = []
+    for dim in gate.dims:
+        label = names((dim,))[0]
+        what = "slot" if label == ("k",) else "token" if label and label[0].startswith("t") else "zero"
+        if len(label) > 1 or (what == "token" and sum(is_token(d) for d in gate.dims) > 1):
+            return None
+        out.append(Index(((Atom("r", _count(node)),),), rows, what))
+    if node.target is aten.nonzero.default:
+        return _Coordinates(out)
+    return out
+
+
+class _Coordinates:
+    """``nonzero(mask)`` as a matrix ``[r, mask dims]``: its columns are the index vectors."""
+
+    def __init__(self, columns: list[Any]) -> None:
+        self.columns = columns
+        self.rows = columns[0].rows
+        self.dims = ((Atom("r", columns[0].dims[0][0].size),), ())
+
+
+def _count(node: fx.Node) -> Any:
+    out = value(node)
+    return out[0].shape[0] if isinstance(out, (list, tuple)) else out.shape[0]
+
+
+def _column(engine: Engine, node: fx.Node) -> Any:
+    """``nonzero(mask)[:, i]`` and ``unbind(1)`` / ``squeeze(-1)`` / ``view(-1)`` of one column."""
+    fact = engine.fact(node.args[0])
+    if not isinstance(fact, _Coordinates):
+        return None
+    if node.target is aten.select.int and normal_dim(int(node.args[1]), 2) == 1:  # type: ignore[arg-type]
+        index = node.args[2]
+        return fact.columns[index] if isinstance(index, int) else None
+    if node.target is aten.unbind.int and normal_dim(int(argument(node, 1, "dim", 0)), 2) == 1:
+        return list(fact.columns)
+    if len(fact.columns) == 1 and rank(node) == 1:
+        return fact.columns[0]
+    return None
+
+
+def pick(fact: Any, dim: int, index: Index, node: fx.Node) -> Any:
+    """``fact`` gathered along its token dimension by the tokens of ``index``'s rows."""
+    label = fact.dims[dim]
+    if not is_token(label):
+        return None
+    dims = (*fact.dims[:dim], index.dims[0], *fact.dims[dim + 1 :])
+    if isinstance(fact, Val):
+        if fact.rows is not None or "k" in flat_names(fact.dims) or "e" in flat_names(fact.dims):
+            return None
+        return replace(fact, dims=dims, rows=index.rows)
+    if isinstance(fact, Gate):
+        if fact.rows is not None:
+            return None
+        return replace(fact, dims=dims, rows=index.rows)
+    return None
+
+
+def _index(engine: Engine, node: fx.Node) -> Any:
+    """``x[tokens]``, ``x[None, tokens]``, ``x[mask]``, ``w[tokens, slots]``, ``matrix[tokens, e]``, ``weights[ids]``."""
+    source, indices = node.args[0], node.args[1]
+    assert isinstance(source, fx.Node) and isinstance(indices, (list, tuple))
+    where = [(i, n) for i, n in enumerate(indices) if isinstance(n, fx.Node)]
+    facts = [engine.fact(n) for _, n in where]
+    if len(where) == 1:
+        ((dim, index),) = where
+        fact = facts[0]
+        if isinstance(fact, Index):
+            return _by_rows(engine, node, source, dim, fact)
+        if isinstance(fact, Gate) and dim == 0:
+            return _by_mask(engine, node, source, fact)
+        if isinstance(fact, Inverse) and dim == 0:
+            return _unsort(engine, node, source, fact)
+        if fact is None or isinstance(fact, (Ids, SortedIds)):
+            return _by_ids(engine, node, source, dim, index, fact)
+        return None
+    if len(where) == 2 and [i for i, _ in where] == [0, 1]:
+        a, b = facts
+        if isinstance(a, Index) and isinstance(b, Index) and (a.what, b.what) == ("token", "slot"):
+            return _pair_weight(engine, node, source, a, b)
+        if isinstance(a, Index) and isinstance(b, Index) and (b.what, a.what) == ("token", "slot"):
+            raise refuse("MC207", "the router weights are indexed [slot, token], expected [token, slot]", node)
+        if isinstance(a, Range):
+            return all_by_ids(engine, node, source, where[1][1], 1)
+    return None
+
+
+def _by_rows(engine: Engine, node: fx.Node, source: fx.Node, dim: int, index: Index) -> Any:
+    fact = engine.fact(source)
+    if isinstance(fact, (Sum, Filled)) and dim == 0 and index.what == "token":
+        return Picked(
+            (index.dims[0], (Atom("f", shape_of(source)[-1]),)), engine.base(source), engine.version(source), index.rows
+        )
+    if index.what == "pair" and dim == 0:
+        return _flat_weight(engine, node, source, index)
+    if index.what != "token":
+        return None
+    if fact is None:
+        val = x_rows(engine, source)
+        found = pick(val, dim, index, node) if val is not None and val.expr == ("x",) else None
+        if found is not None:
+            return found
+        return None
+    return pick(fact, dim, index, node) if isinstance(fact, (Val, Gate)) else None
+
+
+def _by_mask(engine: Engine, node: fx.Node, source: fx.Node, mask: Gate) -> Any:
+    rows = rows_of_mask(mask)
+    if rows is None:
+        return None
+    n = len(mask.dims)
+    row: Dim = (Atom("r", shape_of(node)[0]),)
+    fact = engine.fact(source)
+    shape = shape_of(source)
+    if isinstance(fact, (Sum, Filled)) and "k" not in flat_names(mask.dims):
+        return Picked((row, (Atom("f", shape[-1]),)), engine.base(source), engine.version(source), rows)
+    if fact is None and "k" in flat_names(mask.dims) and n == len(shape):
+        gate = Gate(mask.dims, mask.ids, expert=mask.expert)
+        weight = as_router_weight(engine, source, gate, mask.dims)
+        return None if weight is None else replace(gate, dims=(row,), weight=weight, rows=rows, summed=True)
+    if isinstance(fact, Gate) and names(fact.dims[:n]) == names(mask.dims) and fact.rows is None:
+        return replace(fact, dims=(row, *fact.dims[n:]), rows=rows)
+    if fact is None and "k" not in flat_names(mask.dims):
+        val = x_rows(engine, source)
+        if val is not None and val.expr == ("x",) and names(val.dims[:n]) == names(mask.dims):
+            return replace(val, dims=(row, *val.dims[n:]), rows=rows)
+        if is_float(source) and rank(source) == n + 1:
+            # Router weights [t, k] of the picked tokens.
+            ids_k = top_k(engine, mask.ids)
+            if same(shape[-1], ids_k) and not same(ids_k, 1):
+                return _TokenWeights((row, (Atom("k", ids_k),)), rows, RouterWeight(engine.flat_leaf(source)), mask.ids)
+    return None
+
+
+class _TokenWeights:
+    """The router weights ``[r, k]`` of the tokens of some rows, before a slot is chosen."""
+
+    def __init__(self, dims: Dims, rows: Rows, weight: RouterWeight, ids: Leaf) -> None:
+        self.dims, self.rows, self.weight, self.ids = dims, rows, weight, ids
+
+
+def _pair_weight(engine: Engine, node: fx.Node, source: fx.Node, token: Index, slot: Index) -> Any:
+    if token.rows != slot.rows:
+        raise refuse("MC207", "tokens and slots come from different masks", node)
+    if engine.fact(source) is not None and not isinstance(engine.fact(source), Val):
+        return None
+    shape = shape_of(source)
+    ids = token.rows.ids
+    tail = shape[2:]
+    if not is_float(source) or len(shape) < 2 or any(not same(s, 1) for s in tail):
+        return None
+    if not same(shape[1], top_k(engine, ids)) or not same(shape[0], shape_of(ids.node)[0]):
+        return None
+    dims = (token.dims[0], *(() for _ in tail))
+    weight = RouterWeight(engine.flat_leaf(source))
+    return Gate(dims, ids, weight=weight, expert=token.rows.expert, summed=True, rows=token.rows)
+
+
+def _flat_weight(engine: Engine, node: fx.Node, source: fx.Node, index: Index) -> Any:
+    """``w.view(-1)[order]``: the weight of each sorted pair; ``x`` repeated per pair likewise."""
+    fact = engine.fact(source)
+    if fact is None and is_float(source) and rank(source) <= 2 and all(same(s, 1) for s in shape_of(source)[1:]):
+        ids = index.rows.ids
+        k = top_k(engine, ids)
+        tokens: Any = 1
+        for s in shape_of(ids.node)[: max(1, rank(ids.node) - 1)]:
+            tokens = tokens * s
+        if same(shape_of(source)[0], tokens * k):
+            dims = (index.dims[0], *(() for _ in shape_of(source)[1:]))
+            return Gate(dims, ids, weight=RouterWeight(engine.flat_leaf(source)), summed=True, rows=index.rows)
+    val = x_rows(engine, source) if fact is None or isinstance(fact, Val) else None
+    if val is not None and val.expr == ("x",) and val.rows is None and len(val.dims) == 2:
+        label = val.dims[0]
+        if len(label) >= 2 and label[-1].name == "*" and is_token(label[:-1]):
+            return replace(val, dims=(index.dims[0], val.dims[1]), rows=index.rows)
+    return None
+
+
+def _unsort(engine: Engine, node: fx.Node, source: fx.Node, inverse: Inverse) -> Any:
+    val = engine.fact(source)
+    if not isinstance(val, Val) or val.rows != inverse.rows or len(val.dims) != 2:
+        return None
+    gate = val.gate
+    if gate is not None:
+        gate = replace(gate, rows=None)
+    return replace(val, dims=(*inverse.dims, val.dims[1]), rows=None, gate=gate)
+
+
+def gathered_weight(engine: Engine, node: fx.Node, source: fx.Node, ids: Leaf, dims: Dims) -> Any:
+    """``weights[ids]``: each pair's own weight, labelled by the pair's dimensions."""
+    shape = shape_of(source)
+    if len(shape) not in (2, 3) or not all(isinstance(s, int) for s in shape) or not is_float(source):
+        return None
+    if len(shape) == 2:
+        weight: Any = Wt(((Atom("e", shape[0]),), (Atom("w0", shape[1]),)), engine.leaf(source), "axis")
+    else:
+        weight = lift(engine, source, weight_leaf)
+    if not isinstance(weight, Wt) or weight.source != "axis" or names(weight.dims[:1]) != (("e",),):
+        return None
+    return replace(weight, dims=(*dims, *weight.dims[1:]), source="ids", ids=ids, expert=weight.dims[0][0].size)
+
+
+def _by_ids(engine: Engine, node: fx.Node, source: fx.Node, dim: int, index: fx.Node, fact: Any) -> Any:
+    if isinstance(fact, SortedIds):
+        found = gathered_weight(engine, node, source, fact.rows.ids, fact.dims) if dim == 0 else None
+        return found
+    if not is_integer(index):
+        return None
+    val = engine.fact(source)
+    if isinstance(val, Val) and dim == 1 and "e" in flat_names(val.dims):
+        return None
+    if val is not None and not isinstance(val, Wt) or not engine.is_param(source) or dim != 0:
+        return None
+    found = ids_dims(engine, index)
+    if found is None:
+        return None
+    leaf, dims = found
+    return gathered_weight(engine, node, source, leaf, dims)
+
+
+def all_by_ids(engine: Engine, node: fx.Node, source: fx.Node, index: fx.Node, dim: int) -> Any:
+    """Outputs of all experts ``[t, e, f]`` gathered by the ids along ``e``: one output per pair ``[t, k, f]``."""
+    val = engine.fact(source)
+    if not isinstance(val, Val) or val.rows is not None or names((val.dims[dim],)) != (("e",),):
+        return None
+    found = ids_dims(engine, index)
+    if found is None:
+        return None
+    leaf, dims = found
+    experts = val.dims[dim][0].size
+    slot = tuple(d for d in dims if names((d,)) == (("k",),))
+    label: Dim = slot[0] if slot else ()
+    slots = tuple(
+        replace(s, weight=replace(s.weight, source="ids", ids=leaf, expert=experts)) if s.weight.source == "axis" else s
+        for s in val.slots
+    )
+    if val.gate is not None:
+        return None
+    return replace(val, dims=(*val.dims[:dim], label, *val.dims[dim + 1 :]), slots=slots, expert=experts)
+
+
+def _gather(engine: Engine, node: fx.Node) -> Any:
+    """``gather(ys, dim_e, ids[..., None].expand(...))`` and ``take_along_dim``."""
+    source, dim, index = node.args[0], node.args[1], node.args[2]
+    if node.target is aten.take_along_dim.default:
+        dim, index = index, dim
+    assert isinstance(source, fx.Node) and isinstance(index, fx.Node)
+    val = engine.fact(source)
+    if isinstance(val, Gate) and val.weight is None:
+        return None
+    if not isinstance(val, Val) or dim is None:
+        return None
+    d = normal_dim(int(dim), len(val.dims))  # type: ignore[call-overload]
+    found = ids_dims(engine, index)
+    if found is None or names((val.dims[d],)) != (("e",),):
+        return None
+    _, dims = found
+    # The index must be ids over (t, k) at the right places and a plain copy over the features.
+    for i, (mine, theirs) in enumerate(zip(val.dims, dims, strict=True)):
+        label = names((theirs,))[0]
+        if i == d:
+            if label not in (("k",), ()):
+                return None
+        elif names((mine,))[0] != label and label != ("*",):
+            return None
+        if names((mine,))[0] == ("f",) and label != ("*",) and node.target is not aten.take_along_dim.default:
+            return None
+    return all_by_ids(engine, node, source, _ids_node(engine, index), d)
+
+
+def _ids_node(engine: Engine, index: fx.Node) -> fx.Node:
+    return index
+
+
+def _index_select(engine: Engine, node: fx.Node) -> Any:
+    source, dim, index = node.args[0], node.args[1], node.args[2]
+    assert isinstance(source, fx.Node) and isinstance(index, fx.Node) and isinstance(dim, int)
+    fact = engine.fact(index)
+    if isinstance(fact, Index):
+        return _by_rows(engine, node, source, normal_dim(dim, rank(source)), fact)
+    if isinstance(fact, Inverse) and dim == 0:
+        return _unsort(engine, node, source, fact)
+    if fact is None or isinstance(fact, (Ids, SortedIds)):
+        return _by_ids(engine, node, source, normal_dim(dim, rank(source)), index, fact)
+    return None
+
+
+RULES: Rules = {
+    aten.eq.Scalar: _eq, aten.eq.Tensor: _eq, aten.one_hot.default: _one_hot,
+    aten.mul.Tensor: _mul, aten.mul_.Tensor: _mul,
+    aten.where.self: _where, aten.where.ScalarOther: _where, aten.any.dim: _any,
+    aten.scatter.src: _scatter, aten.scatter_.src: _scatter, aten.scatter.value: _scatter,
+    aten.scatter_.value: _scatter, aten.scatter_add.default: _scatter, aten.scatter_add_.default: _scatter,
+    aten.sigmoid.default: _unmask, aten.softmax.int: _unmask,
+    aten.to.dtype: _masked_cast,
+    aten.where.default: _nonzero, aten.nonzero_numpy.default: _nonzero, aten.nonzero.default: _nonzero,
+    aten.select.int: _column, aten.unbind.int: _column, aten.squeeze.dim: _column, aten.view.default: _column,
+    aten.reshape.default: _column, aten.flatten.using_ints: _column, aten.squeeze.default: _column,
+    aten.index.Tensor: _index, aten.index_select.default: _index_select,
+    aten.gather.default: _gather, aten.take_along_dim.default: _gather,
+}  # fmt: skip

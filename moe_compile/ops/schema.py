@@ -1,0 +1,106 @@
+"""The schemas of ``torch.ops.moe_compile.*`` and their fake implementations.
+
+Shape legend: see ``spec.py``. Weights are always given as ``[.., out, in]`` with any strides:
+one stacked tensor ``[E, out, in]`` in a list of one, or E tensors ``[out, in]`` in the order of the
+expert ids. An absent role is an empty list. Ops are functional, never synchronise the device, return
+fresh tensors, and treat ids outside ``[0, E)`` as contributing exactly zero.
+
+``experts``
+    ``hidden_states [T, H]``, ``topk_weights [T, K]`` (any float dtype), ``topk_ids [T, K]`` (int32/int64)
+    -> ``[T, H]`` in ``out_dtype`` (default: the dtype of ``hidden_states``). ``w1`` gate (or fused gate/up,
+    or the only input projection), ``w3`` up, ``w2`` down, ``b1 b3 b2`` their biases. ``activation`` and
+    ``activation_args`` are ``spec.Activation.name`` and ``.args()``; sums are accumulated in fp32 or better.
+
+``sort_pairs``
+    ``topk_ids [T, K]`` -> ``order [P]`` int32, the flat pair numbers ``t*K + k`` sorted by expert and, within
+    an expert, by pair number, pairs with ids out of range last; ``offsets [E + 1]`` int32, where expert ``e``
+    owns ``order[offsets[e]:offsets[e + 1]]``.
+
+``grouped_linear``
+    ``rows [P, in]`` in sorted order -> ``[P, out]``: ``rows[s] @ weight[e].T + bias[e]`` for ``s`` in expert
+    ``e``'s range; rows from ``offsets[E]`` on are zero.
+
+``combine``
+    ``rows [P, H]`` in sorted order -> ``[T, H]`` in ``out_dtype``: ``sum_k topk_weights[t, k] * rows[pos(t, k)]``
+    in the fixed order of ``k``, in fp32 or better; pairs past ``offsets[E]`` are not read. ``topk_weights``
+    None means weight one (the router weight was applied to the input).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "moe_compile"
+library = torch.library.Library(NAMESPACE, "DEF")
+
+library.define(
+    "experts(Tensor hidden_states, Tensor topk_weights, Tensor topk_ids, "
+    "Tensor[] w1, Tensor[] w3, Tensor[] w2, Tensor[] b1, Tensor[] b3, Tensor[] b2, "
+    "str activation, float[] activation_args, bool gated, bool interleaved=False, "
+    "bool weight_on_input=False, ScalarType? out_dtype=None) -> Tensor"
+)
+library.define("sort_pairs(Tensor topk_ids, int num_experts) -> (Tensor, Tensor)")
+library.define("grouped_linear(Tensor rows, Tensor[] weight, Tensor[] bias, Tensor offsets) -> Tensor")
+library.define(
+    "combine(Tensor rows, Tensor order, Tensor offsets, Tensor? topk_weights, int top_k, "
+    "ScalarType? out_dtype=None) -> Tensor"
+)
+
+
+def num_experts(weight: Sequence[Tensor]) -> int:
+    """E of a role: the leading size of a stacked tensor, else the number of tensors."""
+    return weight[0].shape[0] if is_stacked(weight) else len(weight)
+
+
+def is_stacked(weight: Sequence[Tensor]) -> bool:
+    """Whether a weight matrix role is one ``[E, out, in]`` tensor."""
+    return len(weight) == 1 and weight[0].dim() == 3
+
+
+@torch.library.register_fake(f"{NAMESPACE}::experts", lib=library)
+def _experts(
+    hidden_states: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    w1: Sequence[Tensor],
+    w3: Sequence[Tensor],
+    w2: Sequence[Tensor],
+    b1: Sequence[Tensor],
+    b3: Sequence[Tensor],
+    b2: Sequence[Tensor],
+    activation: str,
+    activation_args: Sequence[float],
+    gated: bool,
+    interleaved: bool = False,
+    weight_on_input: bool = False,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    dtype = out_dtype or hidden_states.dtype
+    return hidden_states.new_empty(hidden_states.shape[0], w2[0].shape[-2], dtype=dtype)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::sort_pairs", lib=library)
+def _sort_pairs(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    pairs = topk_ids.shape[0] * topk_ids.shape[1]
+    order = topk_ids.new_empty(pairs, dtype=torch.int32)
+    return order, topk_ids.new_empty(num_experts + 1, dtype=torch.int32)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::grouped_linear", lib=library)
+def _grouped_linear(rows: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor], offsets: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape[0], weight[0].shape[-2])
+
+
+@torch.library.register_fake(f"{NAMESPACE}::combine", lib=library)
+def _combine(
+    rows: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    topk_weights: Tensor | None,
+    top_k: int,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    return rows.new_empty(rows.shape[0] // top_k, rows.shape[1], dtype=out_dtype or rows.dtype)

@@ -1,0 +1,159 @@
+"""Argument checks that the op implementations share: typed errors that say what, which values, what to do.
+
+Shape legend: see ``spec.py``. Only metadata is read, never a value, so nothing here synchronises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .schema import is_stacked, num_experts
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+IDS = (torch.int32, torch.int64)
+
+
+def check_experts(
+    hidden_states: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    w1: Sequence[Tensor],
+    w3: Sequence[Tensor],
+    w2: Sequence[Tensor],
+    b1: Sequence[Tensor],
+    b3: Sequence[Tensor],
+    b2: Sequence[Tensor],
+    gated: bool,
+    interleaved: bool,
+) -> int:
+    """Check every argument of ``experts`` and return E."""
+    _floats("hidden_states", hidden_states)
+    check_ids(topk_ids)
+    _dims("hidden_states", hidden_states, ("T", "H"))
+    if topk_ids.shape[0] != hidden_states.shape[0]:
+        raise ValueError(
+            f"topk_ids {_shape(topk_ids)} and hidden_states {_shape(hidden_states)} disagree on the number "
+            "of tokens; flatten batch and sequence of both to one leading dimension"
+        )
+    if not topk_weights.is_floating_point():
+        raise TypeError(f"topk_weights is {topk_weights.dtype}; pass the router's floating point weights")
+    if topk_weights.shape != topk_ids.shape:
+        raise ValueError(
+            f"topk_weights {_shape(topk_weights)} and topk_ids {_shape(topk_ids)} differ; "
+            "both are [T, K], one weight for every chosen expert"
+        )
+    if not w1 or not w2:
+        raise ValueError(f"w1 has {len(w1)} tensors and w2 {len(w2)}; both projections are required")
+    if not gated and (w3 or interleaved):
+        raise ValueError("w3 and interleaved belong to gated activations; pass gated=True or drop them")
+    if w3 and interleaved:
+        raise ValueError("interleaved gate/up rows need one fused w1; drop w3 or pass interleaved=False")
+    if b3 and not w3:
+        raise ValueError("b3 is the bias of w3, which is absent; put a fused bias into b1")
+    dtype, hidden = hidden_states.dtype, hidden_states.shape[1]
+    experts, inner = num_experts(w1), w2[0].shape[-1]
+    first = 2 * inner if gated and not w3 else inner  # gate and up share one fused w1
+    _role("w1", w1, experts, (first, hidden), dtype)
+    _role("w3", w3, experts, (inner, hidden), dtype)
+    _role("w2", w2, experts, (hidden, inner), dtype)
+    _role("b1", b1, experts, (first,), dtype)
+    _role("b3", b3, experts, (inner,), dtype)
+    _role("b2", b2, experts, (hidden,), dtype)
+    return experts
+
+
+def check_ids(topk_ids: Tensor) -> None:
+    """``topk_ids`` is an int32 or int64 ``[T, K]``."""
+    if topk_ids.dtype not in IDS:
+        raise TypeError(f"topk_ids is {topk_ids.dtype}; pass int32 or int64 expert ids")
+    _dims("topk_ids", topk_ids, ("T", "K"))
+
+
+def check_grouped_linear(
+    rows: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor], offsets: Tensor
+) -> int:
+    """Check every argument of ``grouped_linear`` and return E."""
+    _floats("rows", rows)
+    _dims("rows", rows, ("P", "in"))
+    if not weight:
+        raise ValueError("weight is an empty list; pass one stacked [E, out, in] or E tensors [out, in]")
+    experts, out = num_experts(weight), weight[0].shape[-2]
+    _role("weight", weight, experts, (out, rows.shape[1]), rows.dtype)
+    _role("bias", bias, experts, (out,), rows.dtype)
+    check_offsets(offsets, experts)
+    return experts
+
+
+def check_combine(
+    rows: Tensor, order: Tensor, offsets: Tensor, topk_weights: Tensor | None, top_k: int
+) -> None:
+    """Check every argument of ``combine``."""
+    _floats("rows", rows)
+    _dims("rows", rows, ("P", "H"))
+    check_offsets(offsets, None)
+    if top_k < 1 or rows.shape[0] % top_k:
+        raise ValueError(f"{rows.shape[0]} rows are not T * top_k, top_k={top_k}; pass the K of the router")
+    if order.shape != rows.shape[:1] or order.dtype not in IDS:
+        raise ValueError(
+            f"order is {order.dtype} {_shape(order)} for rows {_shape(rows)}; "
+            "pass the order that sort_pairs gave"
+        )
+    if topk_weights is not None and topk_weights.shape != (rows.shape[0] // top_k, top_k):
+        raise ValueError(
+            f"topk_weights {_shape(topk_weights)} does not fit {rows.shape[0]} rows and top_k={top_k}; "
+            f"pass [{rows.shape[0] // top_k}, {top_k}]"
+        )
+
+
+def check_offsets(offsets: Tensor, experts: int | None) -> None:
+    """``offsets`` is an int32 or int64 ``[E + 1]``; E is not checked when None."""
+    length = offsets.numel() if experts is None else experts + 1
+    if offsets.dtype not in IDS or offsets.dim() != 1 or offsets.numel() != length or length < 2:
+        raise ValueError(
+            f"offsets is {offsets.dtype} {_shape(offsets)}, expected integers "
+            f"[{'E + 1' if experts is None else length}]; pass the offsets that sort_pairs gave"
+        )
+
+
+def _role(
+    name: str, tensors: Sequence[Tensor], experts: int, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """One weight role: absent, one stacked tensor, or one tensor for every expert."""
+    if not tensors:
+        return
+    matrix = len(shape) == 2
+    stacked = is_stacked(tensors) if matrix else len(tensors) == 1 and tensors[0].dim() == 2
+    if not stacked and len(tensors) != experts:
+        raise ValueError(
+            f"{name} has {len(tensors)} tensors for {experts} experts; "
+            "pass one stacked tensor or one tensor for every expert"
+        )
+    expected = (experts, *shape) if stacked else shape
+    for tensor in tensors:
+        if tensor.shape != expected:
+            fix = "weights are [.., out, in], a transposed view will do" if matrix else "biases are [.., out]"
+            raise ValueError(f"{name} is {_shape(tensor)}, expected {list(expected)}; {fix}")
+        if tensor.dtype != dtype:
+            raise TypeError(
+                f"{name} is {tensor.dtype} but the rows it multiplies are {dtype}; cast one of them, "
+                "the op never converts a weight"
+            )
+
+
+def _floats(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name} is {tensor.dtype}; pass float32, bfloat16, float16 or float64")
+
+
+def _dims(name: str, tensor: Tensor, dims: tuple[str, ...]) -> None:
+    if tensor.dim() != len(dims):
+        raise ValueError(
+            f"{name} is {_shape(tensor)}, expected [{', '.join(dims)}]; flatten the leading dimensions"
+        )
+
+
+def _shape(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)

@@ -1,0 +1,167 @@
+"""Every private torch name that the package touches, one function each.
+
+Checked on torch 2.11.0 and 2.13.0; the hooks themselves were also read or run on 2.15 (see docs/compatibility.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx
+
+
+def statically_true(condition: Any) -> bool:
+    """Whether a (symbolic) condition is known to hold, without adding a guard."""
+    if isinstance(condition, bool):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return bool(statically_known_true(condition))
+
+
+def fake_mode_of(values: Sequence[Any]) -> Any:
+    """The fake mode that Dynamo's example values belong to, or None when nothing is fake."""
+    for value in values:
+        mode = getattr(value, "fake_mode", None)
+        if mode is not None:
+            return mode
+    return None
+
+
+def trace_pre_dispatch(
+    gm: fx.GraphModule, values: Sequence[Any], on_node: Callable[[fx.Node, Any], None]
+) -> fx.GraphModule:
+    """Trace ``gm`` once more into pre-dispatch ATen under the fake mode of ``values``.
+
+    ``on_node(node, result)`` is called after each node of ``gm`` with its result, in which every
+    traced tensor has been replaced by the node of the new graph that produced it.
+    """
+    from torch._dispatch.python import enable_python_dispatcher
+    from torch._guards import tracing
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
+    from torch.fx.traceback import preserve_node_meta
+    from torch.utils._pytree import tree_map_only
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            result = super().run_node(n)
+            mode = get_proxy_mode()
+            if mode is not None and n.op != "output":
+                tracer = mode.tracer
+
+                def node_of(t: torch.Tensor) -> Any:
+                    return get_proxy_slot(t, tracer, None, lambda slot: slot.proxy.node)
+
+                on_node(n, tree_map_only(torch.Tensor, node_of, result))
+            return result
+
+    fake = fake_mode_of(values)
+    if fake is None:
+        raise RuntimeError("the graph has no fake example values")
+    with (
+        tracing(None),
+        fake,
+        enable_python_dispatcher(),
+        preserve_node_meta(),
+        fake.shape_env.ignore_fresh_unbacked_symbols(),
+    ):
+        return make_fx(Recorder(gm).run, pre_dispatch=True, _allow_fake_constant=True)(*values)
+
+
+def inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None, options: dict[str, Any]) -> Any:
+    """Compile with Inductor the way ``torch.compile(mode=, options=)`` does: names and types are validated."""
+    from torch import _TorchCompileInductorWrapper
+
+    return _TorchCompileInductorWrapper(mode, options or None, None)(gm, example_inputs)
+
+
+def matcher_pass() -> Any:
+    """A fresh ``PatternMatcherPass``: Inductor's engine that finds anchors, last node first."""
+    from torch._inductor.pattern_matcher import PatternMatcherPass
+
+    return PatternMatcherPass(pass_name="moe_compile")
+
+
+def register_anchor(
+    passes: Any, targets: Sequence[Any], check: Callable[[Any], bool], handler: Callable[..., None]
+) -> None:
+    """Register one pattern for any of ``targets`` (any arguments, any number of users)."""
+    from torch._inductor.pattern_matcher import MULTIPLE, CallFunctionVarArgs, register_graph_pattern
+
+    register_graph_pattern(
+        CallFunctionVarArgs(list(targets), users=MULTIPLE), extra_check=check, pass_dict=passes
+    )(handler)
+
+
+def placeholder_source(node: fx.Node) -> Any:
+    """Dynamo's source of a placeholder (``None`` for graphs that Dynamo did not make)."""
+    return getattr(node, "_dynamo_source", None)
+
+
+@contextmanager
+def dynamo_config(**changes: Any) -> Iterator[None]:
+    """Patch ``torch._dynamo.config`` for the duration of a ``with`` block."""
+    import torch._dynamo
+
+    with torch._dynamo.config.patch(**changes):
+        yield
+
+
+def user_frame(node: fx.Node) -> str:
+    """``file:line`` of the user's code that made a node, skipping torch's own files; "" if unknown."""
+    trace = node.meta.get("stack_trace") or ""
+    found = ""
+    for line in trace.splitlines():
+        line = line.strip()
+        if line.startswith('File "'):
+            path, _, rest = line[6:].partition('"')
+            if "/torch/" not in path:
+                number = rest.split("line ", 1)[-1].split(",", 1)[0]
+                found = f"{path}:{number}"
+    return found
+
+
+BACKEND_WRAPPER_ATTRIBUTES = ("_torchdynamo_orig_backend", "compiler_fn", "__wrapped__", "func")
+_without_capture: list[Any] = []  # code objects that cannot be traced with dynamic-shape capture
+
+
+def scope_dynamic_capture(is_ours: Callable[[Any], bool]) -> None:
+    """Turn ``capture_dynamic_output_shape_ops`` on for traces whose backend ``is_ours``; idempotent.
+
+    The flag is read once, when Dynamo makes the shape environment of a frame. A frame that then fails on a
+    data-dependent size (which without the flag would have been a graph break) is traced once more without it.
+    """
+    from torch._dynamo import exc
+    from torch._dynamo.output_graph import OutputGraph
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+    init, run = OutputGraph.__init__, InstructionTranslator.run
+    if getattr(init, "_moe_compile", False):
+        return
+
+    def scoped_init(self: Any, code_options: Any, compiler_fn: Any, *args: Any, **kwargs: Any) -> None:
+        code = kwargs.get("f_code")
+        if is_ours(compiler_fn) and not any(c is code for c in _without_capture):
+            with dynamo_config(capture_dynamic_output_shape_ops=True):
+                init(self, code_options, compiler_fn, *args, **kwargs)
+        else:
+            init(self, code_options, compiler_fn, *args, **kwargs)
+
+    def restarting_run(self: Any) -> None:
+        try:
+            run(self)
+        except GuardOnDataDependentSymNode as error:
+            if self.one_graph or not is_ours(self.output.compiler_fn):
+                raise
+            if any(c is self.f_code for c in _without_capture):
+                raise
+            _without_capture.append(self.f_code)
+            raise exc.UnspecializeRestartAnalysis(restart_reason="data-dependent size") from error
+
+    scoped_init._moe_compile = True  # type: ignore[attr-defined]
+    OutputGraph.__init__ = scoped_init  # type: ignore[method-assign]
+    InstructionTranslator.run = restarting_run  # type: ignore[method-assign]
