@@ -18,7 +18,7 @@ from torch import fx
 from . import capture, huggingface, ops, torch_compat
 from .verify import compare_first_call
 from .config import Options, enabled, split_options
-from .inductor_pass import Result, analyse_graph, rewrite_graph
+from .rewrite import Result, analyse_graph, rewrite_graph
 from .report import REFUSED, Site, record
 
 log = logging.getLogger("moe_compile.backend")
@@ -47,7 +47,7 @@ def moe_compile(
     original: fx.GraphModule | None = None
     if enabled():
         keep = copy.copy(gm.graph) if chosen.verify else None
-        result = _attempt(gm, chosen)
+        result = attempt(gm, chosen)
         if keep is not None and result.plans:
             original = fx.GraphModule(gm, keep)
     compiled = torch_compat.inductor(gm, example_inputs, mode, theirs)
@@ -60,7 +60,7 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options)
         record(site)
 
 
-def _attempt(gm: fx.GraphModule, options: Options) -> Result:
+def attempt(gm: fx.GraphModule, options: Options) -> Result:
     """Rewrite ``gm`` in place; whatever goes wrong leaves it as it was and becomes a report row."""
     before = copy.copy(gm.graph)
     try:

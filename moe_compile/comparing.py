@@ -43,7 +43,9 @@ class Errors:
 class _Choices(TorchDispatchMode):
     """Keep the indices of every top-k, as sorted sets: the discrete choices of a run."""
 
-    seen: list[Tensor]
+    def __init__(self) -> None:
+        TorchDispatchMode.__init__(self)
+        self.seen: list[Tensor] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -70,8 +72,6 @@ def recorded(
     own_args, own_kwargs = tree_map(clone, (tuple(args), kwargs))
     torch.manual_seed(SEED)
     mode = _Choices() if record else None  # Dynamo does not trace under a dispatch mode
-    if mode is not None:
-        mode.seen = []
     with mode or nullcontext():
         out = call(*own_args, **own_kwargs)
     leaves = tree_leaves(out)

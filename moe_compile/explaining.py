@@ -71,7 +71,7 @@ class _Tracer:
 def _trace(
     tracer: _Tracer, model: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
 ) -> Exception | None:
-    """Run under Dynamo and record its graph breaks; the exception if it fails on a program that runs eagerly."""
+    """Run under Dynamo and record its graph breaks; the exception if a program that runs eagerly fails."""
     torch_breaks.reset()
     failure: Exception | None = None
     try:

@@ -75,7 +75,8 @@ class Probe(threading.local):
 
     def begin(self, ctx: Any) -> None:
         """Call before the probed code."""
-        self.last = next(reversed(ctx.graph().nodes), None)
+        nodes = list(ctx.graph().nodes)
+        self.last = nodes[-1] if nodes else None
 
     def take(self, ctx: Any, result: str) -> fx.GraphModule | None:
         """Remove what the probed code left in the graph, and return it as a function of its input.

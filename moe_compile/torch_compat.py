@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._inductor.custom_graph_pass import CustomGraphPass as CustomGraphPass
 
 
 def statically_true(condition: Any) -> bool:

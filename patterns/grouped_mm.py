@@ -237,6 +237,12 @@ ANCHORS = (
 )  # fmt: skip
 
 
+def late_rules() -> Rules:
+    """Rules for ops that exist only once transformers is imported: its ``grouped_mm`` for other dtypes."""
+    packet = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
+    return {} if packet is None else {packet.default: _grouped_mm}
+
+
 class _Sorted(Layer):
     """Stacked weights, and the part that all variants share."""
 

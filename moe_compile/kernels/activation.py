@@ -4,6 +4,7 @@ The formula and its constants are those of ``spec.Activation``. NaN is carried t
 rectifier, as torch does: hardware minimum and maximum would drop it.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
 import math
@@ -62,7 +63,7 @@ NO_EPILOGUE = Epilogue("identity", (1.0, math.inf, math.inf, math.inf, 0.0), "si
 
 @triton.jit
 def activate(g, u, F: tl.constexpr):
-    """fp32 gate and up of any shape -> fp32; ``u`` is ignored when not gated. ``F`` is a ``Function``."""
+    """fp32 gate and up of any shape -> fp32; ``F`` has the fields of ``Function``, no gate ignores ``u``."""
     if F.gate_limit is not None:
         g = tl.minimum(g, F.gate_limit, propagate_nan=tl.PropagateNan.ALL)
     if F.name == "silu":

@@ -6,6 +6,7 @@ rows, instead of scattering expert outputs with atomics, makes the sum determini
 https://arxiv.org/abs/2512.14080).
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
 import torch
@@ -48,7 +49,8 @@ def combine_kernel(
             r = pair + k
             e = tl.load(ids + r, mask=here, other=-1)
             valid = (e >= 0) & (e < E)
-        v = tl.load(rows + r[:, None] * H + c[None, :], mask=valid[:, None] & inside, other=0.0).to(tl.float32)
+        v = tl.load(rows + r[:, None] * H + c[None, :], mask=valid[:, None] & inside, other=0.0)
+        v = v.to(tl.float32)
         if weights is not None:
             weight = tl.load(weights + pair + k, mask=valid, other=0.0).to(tl.float32)
             v = v * weight[:, None]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
 
 H200_SHARED_BYTES = 227 * 1024
 PATHS = ("gemv", "decode", "sorted")
@@ -79,9 +78,9 @@ def select(
     elements: int,
     shared: int = H200_SHARED_BYTES,
 ) -> Plan:
-    """Tiles of a path. ``elements`` is bytes per element, ``shared`` the device's shared memory per program."""
-    if elements == 4:
-        up, down = _float32(path, tokens)
+    """Tiles of a path. ``elements`` is bytes per element, ``shared`` bytes of shared memory per program."""
+    if elements == 4 or hidden % 8 or inter % 8:
+        up, down = _small(path)
     elif path == "sorted":
         up, down = _sorted(tokens * top_k / experts)
     else:
@@ -115,8 +114,9 @@ def _sorted(mean: float) -> tuple[Tiles, Tiles]:
     )
 
 
-def _float32(path: str, tokens: int) -> tuple[Tiles, Tiles]:
-    """Exact fp32 runs on the CUDA cores: small tiles, or the accumulators spill."""
+def _small(path: str) -> tuple[Tiles, Tiles]:
+    """Exact fp32 runs on the CUDA cores, and rows of odd length cannot be copied to shared memory in the
+    background: with larger tiles both would run out of registers."""
     bm = 64 if path == "sorted" else 16
     tiles = Tiles(bm, 64, 32, 4, 2, swap=False, group=8 if path == "sorted" else 1)
     return tiles, tiles

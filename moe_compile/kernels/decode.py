@@ -7,6 +7,7 @@ order, and an expert may occur several times within one token's top-k.
 Shape legend: see ``spec.py``. Rows of the results are in the order of the pairs, ``t*K + k``.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
 import triton
@@ -66,11 +67,12 @@ def decode_kernel(
             holds = ((after - hits)[None, :] <= j[:, None]) & (j[:, None] < after[None, :])  # [BM, TP]
             token = tl.sum(tl.where(holds, t[None, :], 0), 1)
             nth = j - tl.sum(tl.where(holds, (after - hits)[None, :], 0), 1)
-            inside = (s < K)[None, :] & ok[:, None]
-            own = tl.load(ids + token[:, None] * K + s[None, :], mask=inside, other=-1).to(tl.int32) == e
-            own = own & inside
-            rank = tl.cumsum(own.to(tl.int32), 1) - 1
-            slot = tl.sum(tl.where(own & (rank == nth[:, None]), s[None, :], 0), 1)
+            slot = tl.zeros((BM,), tl.int32)
+            seen = tl.zeros((BM,), tl.int32)
+            for k in tl.range(0, K, loop_unroll_factor=8):
+                own = tl.load(ids + token * K + k, mask=ok, other=-1).to(tl.int32) == e
+                slot = tl.where(own & (seen == nth), k, slot)
+                seen += own.to(tl.int32)
             pair = token * K + slot
             # where not ok this is row 0: readable, and rows do not mix
             row = (token if BY_TOKEN else pair).to(tl.int64)

@@ -6,8 +6,11 @@ Shape legend: see ``spec.py``.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
+from triton.runtime import driver
 
 from .combine import combine_pairs, combine_sorted, combine_twin
 from .config import H200_SHARED_BYTES, PATHS, choose_path, select
@@ -64,6 +67,12 @@ def run(
     h = gather_projection(x, pairs, top_k, up, plan.up, on_input)
     y = sorted_projection(h, pairs, down, plan.down)
     return combine_sorted(y, pairs.inverse, pairs.offsets, on_output, top_k, dtype)
+
+
+@lru_cache(maxsize=64)
+def shared_bytes(device: int) -> int:
+    """Shared memory that one program may use on a CUDA device."""
+    return int(driver.active.utils.get_device_properties(device)["max_shared_mem"])
 
 
 def run_twin(

@@ -7,6 +7,7 @@ experts in a fixed order, several at once, which needs neither a combine launch 
 Shape legend: see ``spec.py``. Weights have stride one along their input dimension (``config.choose_path``).
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
 import torch
@@ -14,11 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .activation import activate
 from .combine import combine_twin
 from .config import gemv_down_steps, gemv_up_steps
 from .grouped import projection_twin
 from .operand import expert_base
-from .activation import activate
 from .tile import Projection
 
 
@@ -92,7 +93,7 @@ def gemv_up_kernel(
         if W.b_up.ptr is not None:
             bias = expert_base(W.b_up, e, M.b_up, False)
             value += tl.load(bias + n * W.b_up.out, mask=here, other=0.0).to(tl.float32)
-        y = activate(gate, value, M.function)
+        y = activate(gate, value, M)
         tl.store(out + pair.to(tl.int64) * N + n, y.to(out.dtype.element_ty), mask=here)
 
 

@@ -8,6 +8,7 @@ times all columns, so that weights and rows are found in L2 (Triton's matrix mul
 Shape legend: see ``spec.py``.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
 import torch
@@ -78,13 +79,9 @@ def grouped_kernel(
         r = tl.load(tiles + 1 + capacity + tile)
         n = tl.minimum(tl.load(offsets + e + 1) - r, BM)
         # the last tile of an expert is often short: computing fewer rows costs only code size
-        if TAIL == 0:
+        if TAIL == 0 or n > BM // 2:
             _rows(x, x_stride, order, scales, out, r, n, e, tn, N, D, W, K, M, S, BM)
-        elif n > BM // 2:
-            _rows(x, x_stride, order, scales, out, r, n, e, tn, N, D, W, K, M, S, BM)
-        elif TAIL == 1:
-            _rows(x, x_stride, order, scales, out, r, n, e, tn, N, D, W, K, M, S, BM // 2)
-        elif n > BM // 4:
+        elif TAIL == 1 or n > BM // 4:
             _rows(x, x_stride, order, scales, out, r, n, e, tn, N, D, W, K, M, S, BM // 2)
         else:
             _rows(x, x_stride, order, scales, out, r, n, e, tn, N, D, W, K, M, S, BM // 4)

@@ -5,6 +5,7 @@ and ``w + e * stride_e`` for stacked ones; row and column strides follow from th
 addressed independently, which covers fused, separate and transposed storage with the same code.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -8,6 +8,7 @@ Within a block of pairs the rank is the number of equal ids before: exact, hence
 Shape legend: see ``spec.py``. Ids outside ``[0, E)`` form one more bucket, the last.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -201,7 +202,8 @@ def sort_pairs_twin(ids: Tensor, experts: int, bm: int = 0) -> Sorted:
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=ids.device))
     count = torch.bincount(bucket, minlength=experts + 1)[:experts]
     offsets = torch.cat([count.new_zeros(1), count.cumsum(0)])
-    table = [(e, int(r)) for e in range(experts) if bm for r in range(int(offsets[e]), int(offsets[e + 1]), bm)]
+    ends = offsets.tolist()
+    table = [(e, r) for e in range(experts) if bm for r in range(ends[e], ends[e + 1], bm)]
     tiles = [len(table), *(e for e, _ in table), *(r for _, r in table)]
     return Sorted(
         order.int(),

@@ -6,6 +6,7 @@ each of two places. With ``SWAP`` the weights are the left, 64-row operand of th
 few rows are its narrow side: Hopper's wgmma multiplies 64 rows at least, but 8 columns are enough.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .activation import NO_EPILOGUE, Epilogue, Function, activate
+from .activation import NO_EPILOGUE, Epilogue, activate
 from .config import Tiles
 from .operand import ABSENT, Address, Operand, expert_base
 
@@ -28,9 +29,18 @@ class Weights(NamedTuple):
 
 
 class Meaning(NamedTuple):
-    """Compile-time argument: what one GEMM computes. Elements are set for separate weights only."""
+    """Compile-time argument: what one GEMM computes. It starts with the fields of ``Function``, flat because
+    Triton 3.6 cannot pass a named tuple inside another on to a function. The elements (``w``, ``up``, ``b``,
+    ``b_up``) are set for separate weights only.
+    """
 
-    function: Function
+    name: str
+    alpha: float
+    gate_limit: float | None
+    up_limit: float | None
+    act_limit: float | None
+    up_offset: float
+    gated: bool
     layout: str
     w: Any
     w_aligned: bool
@@ -80,7 +90,7 @@ class Projection:
         element = [None if role is None else role.element() for role in roles]
         up_aligned = up is not None and up.aligned
         self.meaning = Meaning(
-            epilogue.function(), epilogue.layout, element[0], w.aligned, element[1], up_aligned, *element[2:]
+            *epilogue.function(), epilogue.layout, element[0], w.aligned, element[1], up_aligned, *element[2:]
         )
 
     def shape(self, tiles: Tiles) -> Shape:
@@ -207,7 +217,7 @@ def expert_tile(
             acc, acc_up = tl.split(tl.permute(tl.reshape(acc, (S.bn, 2, BM)), (0, 2, 1)))
         else:
             acc, acc_up = tl.split(tl.reshape(acc, (BM, S.bn, 2)))
-    y = activate(acc, acc_up if TWO or WIDE else acc, M.function).to(out.dtype.element_ty)
+    y = activate(acc, acc_up if TWO or WIDE else acc, M).to(out.dtype.element_ty)
     if S.swap:
         y = tl.trans(y)
     c = tn * S.bn + tl.arange(0, S.bn)

@@ -189,6 +189,7 @@ _COPIES = {"clone", "contiguous", "alias", "detach", "_to_copy", "to", "lift_fre
 _MOVES = {
     "view", "reshape", "_unsafe_view", "slice", "select", "split", "split_with_sizes", "chunk", "narrow",
     "unbind", "unsqueeze", "squeeze", "permute", "transpose", "t", "unflatten", "flatten",
+    "clone", "contiguous", "alias", "detach",
 }  # fmt: skip
 
 
@@ -274,7 +275,7 @@ def recognise(fn: Callable[[Tensor], Tensor], width: int, gated: bool = True) ->
     columns = torch.arange(2 * width, dtype=torch.float32).reshape(2, width)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            graph = make_fx(fn)(columns).graph
+            graph = make_fx(lambda rows: fn(rows))(columns).graph  # one argument, whatever fn takes
     except Exception:  # arbitrary user code: what cannot be traced here runs as written
         return None
     leaves, layouts = _leaves(graph, columns, gated)

@@ -29,7 +29,7 @@ from .facts import (
     same,
     unify,
 )
-from .routing import apply_gate, as_router_weight, ids_dims, pair_ids, sum_gate, top_k
+from .routing import apply_gate, as_router_weight, ids_dims, names_token, pair_ids, sum_gate, token_count, top_k
 from .values import renumber
 
 
@@ -125,7 +125,7 @@ def sum_over(engine: Engine, node: fx.Node, val: Val, left: Dims, labels: set[st
     """``val`` summed over its slot and/or expert dimension."""
     gate = val.gate
     by_ids = pair_ids(val)
-    if "k" in labels and gate is None and by_ids is not None:
+    if gate is None and by_ids is not None and ("k" in labels or same(top_k(engine, by_ids), 1)):
         gate = Gate((), by_ids, summed=True)
     source = gate if gate is not None else val.gate_in
     if source is None:
@@ -193,7 +193,7 @@ def weighted_sum(
     gated = replace(fa, dims=dims_, gate=other)
     labels = {x.name for c in gone for x in dims_[order.index(c)]}
     left = tuple(dims_[order.index(c)] for c in out_labels)
-    if not labels:
+    if not gone:
         return replace(gated, dims=left)
     if not labels <= {"k", "e"}:
         return None
@@ -257,7 +257,7 @@ def _scatter_sum(engine: Engine, node: fx.Node, target: Any, dim: Any, index: An
     where, val, into = engine.fact(index), engine.fact(src), engine.fact(target)
     if not isinstance(val, Val):
         return None
-    if not isinstance(where, Index) or where.what != "token":
+    if not isinstance(where, Index) or not names_token(engine, where):
         raise refuse("MC207", "expert outputs are added at positions that are not the routed tokens", node)
     if normal_dim(int(dim), rank(target)) != 0 or rank(target) != 2:
         return None
@@ -292,7 +292,7 @@ def _index_put(engine: Engine, node: fx.Node) -> Any:
     index = engine.fact(where[0][1])
     if isinstance(index, Index) and index.what == "pair":
         return _unsort_put(engine, node, into, index, value, src)
-    rows = index.rows if isinstance(index, Index) and index.what == "token" else None
+    rows = index.rows if isinstance(index, Index) and names_token(engine, index) else None
     if isinstance(index, Gate):
         from .routing import rows_of_mask
 
@@ -345,9 +345,7 @@ def _unsort_put(engine: Engine, node: fx.Node, into: Any, index: Index, value: A
     size = shape_of(node)[0]
     ids = index.rows.ids
     k = top_k(engine, ids)
-    tokens: Any = 1
-    for s in shape_of(ids.node)[: max(1, rank(ids.node) - 1)]:
-        tokens = tokens * s
+    tokens = token_count(engine, ids)
     if not same(size, tokens * k):
         return None
     label = tuple(x for x in (Atom("t0", tokens), Atom("k", k)) if not same(x.size, 1))

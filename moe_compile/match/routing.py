@@ -392,10 +392,29 @@ def _column(engine: Engine, node: fx.Node) -> Any:
     return None
 
 
+def names_token(engine: Engine, index: Index) -> bool:
+    """Whether an index vector holds the token of each row (the only one where T = 1)."""
+    return index.what == "token" or index.what == "zero" and same(token_count(engine, index.rows.ids), 1)
+
+
+def names_slot(engine: Engine, index: Index) -> bool:
+    """Whether an index vector holds the slot of each row (the only one where K = 1)."""
+    return index.what == "slot" or index.what == "zero" and same(top_k(engine, index.rows.ids), 1)
+
+
+def token_count(engine: Engine, ids: Leaf) -> Any:
+    """T of a routing decision."""
+    shape = shape_of(ids.node)
+    total: Any = 1
+    for s in shape[: max(1, len(shape) - 1)]:
+        total = total * s
+    return total
+
+
 def pick(fact: Any, dim: int, index: Index, node: fx.Node) -> Any:
     """``fact`` gathered along its token dimension by the tokens of ``index``'s rows."""
     label = fact.dims[dim]
-    if not is_token(label):
+    if label and not is_token(label):
         return None
     dims = (*fact.dims[:dim], index.dims[0], *fact.dims[dim + 1 :])
     if isinstance(fact, Val):
@@ -429,9 +448,9 @@ def _index(engine: Engine, node: fx.Node) -> Any:
         return None
     if len(where) == 2 and [i for i, _ in where] == [0, 1]:
         a, b = facts
-        if isinstance(a, Index) and isinstance(b, Index) and (a.what, b.what) == ("token", "slot"):
+        if isinstance(a, Index) and isinstance(b, Index) and names_token(engine, a) and names_slot(engine, b):
             return _pair_weight(engine, node, source, a, b)
-        if isinstance(a, Index) and isinstance(b, Index) and (b.what, a.what) == ("token", "slot"):
+        if isinstance(a, Index) and isinstance(b, Index):
             raise refuse("MC207", "the router weights are indexed [slot, token], expected [token, slot]", node)
         if isinstance(a, Range):
             return all_by_ids(engine, node, source, where[1][1], 1)
@@ -440,20 +459,17 @@ def _index(engine: Engine, node: fx.Node) -> Any:
 
 def _by_rows(engine: Engine, node: fx.Node, source: fx.Node, dim: int, index: Index) -> Any:
     fact = engine.fact(source)
-    if isinstance(fact, (Sum, Filled)) and dim == 0 and index.what == "token":
+    if isinstance(fact, (Sum, Filled)) and dim == 0 and names_token(engine, index):
         return Picked(
             (index.dims[0], (Atom("f", shape_of(source)[-1]),)), engine.base(source), engine.version(source), index.rows
         )
     if index.what == "pair" and dim == 0:
         return _flat_weight(engine, node, source, index)
-    if index.what != "token":
+    if not names_token(engine, index) or not same(shape_of(source)[dim], token_count(engine, index.rows.ids)):
         return None
     if fact is None:
         val = x_rows(engine, source)
-        found = pick(val, dim, index, node) if val is not None and val.expr == ("x",) else None
-        if found is not None:
-            return found
-        return None
+        return pick(val, dim, index, node) if val is not None and val.expr == ("x",) else None
     return pick(fact, dim, index, node) if isinstance(fact, (Val, Gate)) else None
 
 
@@ -515,10 +531,7 @@ def _flat_weight(engine: Engine, node: fx.Node, source: fx.Node, index: Index) -
     if fact is None and is_float(source) and rank(source) <= 2 and all(same(s, 1) for s in shape_of(source)[1:]):
         ids = index.rows.ids
         k = top_k(engine, ids)
-        tokens: Any = 1
-        for s in shape_of(ids.node)[: max(1, rank(ids.node) - 1)]:
-            tokens = tokens * s
-        if same(shape_of(source)[0], tokens * k):
+        if same(shape_of(source)[0], token_count(engine, ids) * k):
             dims = (index.dims[0], *(() for _ in shape_of(source)[1:]))
             return Gate(dims, ids, weight=RouterWeight(engine.flat_leaf(source)), summed=True, rows=index.rows)
     val = x_rows(engine, source) if fact is None or isinstance(fact, Val) else None

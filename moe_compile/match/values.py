@@ -63,7 +63,7 @@ def _spread(outer: Any, inner: Any) -> bool:
     """Worth reading through: the views copied, inserted or (for weights) moved dimensions."""
     if isinstance(outer, Wt):
         return True
-    if isinstance(outer, Ids) and any(len(d) > 1 and d[-1].name == "k" for d in outer.dims):
+    if isinstance(outer, Ids) and len(outer.dims) < len(inner.dims):
         return True  # ids.view(-1): all pairs
     return any(not d or any(a.name == "*" for a in d) for d in outer.dims)
 

@@ -125,6 +125,8 @@ def repeat_dims(dims: Dims, node: fx.Node) -> Dims | None:
         count, dim = node.args[1], argument(node, 2, "dim")
         if dim is None:
             return None
+        if same(count, 1):
+            return dims
         d = normal_dim(int(dim), len(dims))
         return (*dims[:d], (*dims[d], Atom("*", count)), *dims[d + 1 :])
     dims = ((),) * (len(shape) - len(dims)) + dims

@@ -1,3 +1,4 @@
 """Custom ops: schema, fakes, CPU and CUDA implementations."""
 from . import cpu as cpu
+from . import cuda as cuda
 from . import schema as schema

@@ -7,16 +7,16 @@ first GEMMs of the block, activation, second GEMMs of the block. One fixed-order
 How the GEMMs of one call run is decided once, from its shape alone (``_choose``), because BLAS differs:
 
 * bf16/fp16 without CPU instructions for it: PyTorch's own loop wins for a few rows (it reads half the
-  bytes), else each weight is upcast tile by tile into one small float32 scratch, 2 to 10 times faster
-  and more accurate, since nothing is rounded before the end.
+  bytes), else weights are upcast tile by tile into a float32 scratch: 2 to 8 times faster, more accurate.
 * ``out.T = W @ rows.T`` beats ``rows @ W.T`` by up to 2 times for 2 to 100 rows of an expert. The layout
   of the output buffer is what selects it: ``mm`` passes column-major outputs to BLAS as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import cache, lru_cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, lru_cache, partial
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -32,6 +32,7 @@ SPLIT_ROWS = 256  # one expert is split only into runs that still make an effici
 TILE = 1 << 20  # elements of a weight that are upcast at a time
 NATIVE_ROWS = 3  # up to here (rows of an expert, on average) half precision GEMMs win without upcast
 COLUMN_ROWS = 128  # up to here ``W @ rows.T`` wins
+FEW_PAIRS = 64  # up to here Python sorts faster than a chain of tensor ops
 STRIDED_ROWS = 16  # from here on BLAS takes column-major rows as fast as row-major ones
 
 Segment = tuple[int, int, int]  # expert, first row, end row
@@ -45,91 +46,95 @@ class Method(NamedTuple):
     repack: bool  # rows are made row-major before the second GEMM
 
 
+class Routing(NamedTuple):
+    """Pairs sorted by expert; S of the P pairs count, the others have an id out of range."""
+
+    order: Tensor  # [S] pair of every row
+    token: Tensor  # [S] token of every row
+    position: Tensor  # [P] row of every pair, S for those that do not count
+    segments: list[Segment]
+
+
 class Projection:
     """One weight role with its bias: ``out = rows @ weight[e].T + bias[e]``."""
 
     def __init__(self, weight: Sequence[Tensor], bias: Sequence[Tensor], method: Method) -> None:
-        self.weight = weight[0] if is_stacked(weight) else weight
+        self.weight = weight[0].mT if is_stacked(weight) else weight
+        self.stacked = is_stacked(weight)
         self.bias = bias[0] if len(bias) == 1 and bias[0].dim() == 2 else bias
-        self.width = weight[0].shape[-2]
-        self.dtype = method.dtype
-        self.row_major = weight[0].stride(-1) == 1
+        self.biased = len(bias) > 0
+        self.width, inner = weight[0].shape[-2:]
+        self.columns = method.columns
         self.scratch: Tensor | None = None
         if weight[0].dtype != method.dtype:
-            inner = weight[0].shape[-1]
-            self.tile = min(self.width, max(1, TILE // inner))
-            # The scratch keeps the weight's own memory order: a transposing copy is many times slower.
-            shape = (self.tile, inner) if self.row_major else (inner, self.tile)
-            self.scratch = torch.empty(shape, dtype=method.dtype)
+            tile = min(self.width, max(1, TILE // inner))
+            # The scratch [in, tile] keeps the weight's memory order: a transposing copy is many times slower.
+            order = (1, 0) if weight[0].stride(-1) == 1 else (0, 1)
+            self.scratch = torch.empty_permuted((inner, tile), order, dtype=method.dtype)
 
-    def __call__(self, expert: int, rows: Tensor, out: Tensor) -> None:
-        weight = self.weight[expert]  # [out, in]
-        bias = self.bias[expert] if len(self.bias) else None
-        if self.scratch is None:
-            _linear(rows, weight, bias, out)
-            return
-        scratch = self.scratch if self.row_major else self.scratch.t()  # [tile, in]
-        bias = None if bias is None else bias.to(self.dtype)
-        for start in range(0, self.width, self.tile):
-            part = slice(start, start + self.tile)
-            tile = scratch[: min(self.tile, self.width - start)].copy_(weight[part])
-            _linear(rows, tile, None if bias is None else bias[part], out[:, part])
+    def __call__(self, runs: list[Segment], rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """The rows of one block, into ``out`` (row-major) when given."""
+        order = (1, 0) if self.columns else (0, 1)
+        fresh = out is None or self.columns
+        buffer = torch.empty_permuted((len(rows), self.width), order, dtype=rows.dtype) if fresh else out
+        assert buffer is not None
+        sizes = [end - start for _, start, end in runs]
+        xs, ys = rows.split_with_sizes(sizes), buffer.split_with_sizes(sizes)
+        multiply = _multiply if self.scratch is None else self._upcast
+        for (expert, _, _), x, y in zip(runs, xs, ys, strict=True):
+            weight = self.weight[expert] if self.stacked else self.weight[expert].t()  # [in, out]
+            multiply(x, weight, self.bias[expert] if self.biased else None, y)
+        return out.copy_(buffer) if self.columns and out is not None else buffer
+
+    def _upcast(self, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
+        assert self.scratch is not None
+        step = self.scratch.shape[1]
+        for start in range(0, self.width, step):
+            part = slice(start, start + step)
+            tile = self.scratch[:, : self.width - start].copy_(weight[:, part])
+            _multiply(x, tile, None if bias is None else bias[part].to(tile.dtype), y[:, part])
 
 
-def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
     if bias is None:
-        torch.mm(rows, weight.t(), out=out)
+        torch.mm(x, weight, out=y)
     else:
-        torch.addmm(bias, rows, weight.t(), out=out)
+        torch.addmm(bias, x, weight, out=y)
 
 
 def _experts(
-    hidden_states: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    w1: Sequence[Tensor],
-    w3: Sequence[Tensor],
-    w2: Sequence[Tensor],
-    b1: Sequence[Tensor],
-    b3: Sequence[Tensor],
-    b2: Sequence[Tensor],
-    activation: str,
-    activation_args: Sequence[float],
-    gated: bool,
-    interleaved: bool = False,
-    weight_on_input: bool = False,
-    out_dtype: torch.dtype | None = None,
+    hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor,
+    w1: Sequence[Tensor], w3: Sequence[Tensor], w2: Sequence[Tensor],
+    b1: Sequence[Tensor], b3: Sequence[Tensor], b2: Sequence[Tensor],
+    activation: str, activation_args: Sequence[float], gated: bool, interleaved: bool = False,
+    weight_on_input: bool = False, out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     with torch.no_grad():  # parameters may require grad, which ``out=`` refuses
-        experts = check_experts(
-            hidden_states, topk_weights, topk_ids, w1, w3, w2, b1, b3, b2, gated, interleaved
-        )
+        roles = (w1, w3, w2, b1, b3, b2)
+        experts = check_experts(hidden_states, topk_weights, topk_ids, *roles, gated, interleaved)
         act = _activation(activation, gated, tuple(activation_args))
-        top_k = topk_ids.shape[1]
-        key, order = _sort(topk_ids, experts)  # [P], [P]
-        segments = _segments(key, experts)
-        pairs = segments[-1][2] if segments else 0
-        method = _choose(hidden_states.dtype, pairs, len(segments), (w1, w3, w2))
-        first = [Projection(w1, b1, method)]
-        if w3:
-            first.append(Projection(w3, b3, method))
+        routing = _route(topk_ids, experts)
+        pairs = len(routing.order)
+        method = _choose(hidden_states.dtype, pairs, len(routing.segments), (w1, w3, w2))
+        first = [Projection(w, b, method) for w, b in ((w1, b1), (w3, b3)) if w]
         down = Projection(w2, b2, method)
 
         wide = _accumulator(hidden_states.dtype)
-        token = order[:pairs] // top_k
-        scale = topk_weights.reshape(-1)[order[:pairs], None].to(wide) if weight_on_input else None
+        scale = topk_weights.reshape(-1)[routing.order, None].to(wide) if weight_on_input else None
         # The pairs that count, and one row that stands for all others and is never read.
-        result = torch.empty(pairs + 1, down.width, dtype=method.dtype)  # [P + 1, H]
-        for start, end, runs in _blocks(segments, sum(p.width for p in first) * method.dtype.itemsize):
-            rows = hidden_states.index_select(0, token[start:end])  # [n, H]
+        result = torch.empty(pairs + 1, down.width, dtype=method.dtype)  # [S + 1, H]
+        row_bytes = sum(p.width for p in first) * method.dtype.itemsize
+        for start, end, runs in _blocks(routing.segments, row_bytes):
+            rows = hidden_states.index_select(0, routing.token[start:end])  # [n, H]
             if scale is not None:
                 rows = rows.to(wide).mul_(scale[start:end])
-            hidden = [_run(p, runs, rows.to(method.dtype), method.columns) for p in first]  # [n, I or 2I]
-            inner = _activate(act, *_halves(hidden, gated, interleaved, wide)).to(method.dtype)  # [n, I]
-            inner = inner.contiguous() if method.repack else inner
-            _run(down, runs, inner, method.columns, result[start:end])
+            rows = rows.to(method.dtype)
+            hidden = [project(runs, rows).to(wide) for project in first]  # [n, I or 2I]
+            inner = _activate(act, *_halves(hidden, gated, interleaved)).to(method.dtype)  # [n, I]
+            down(runs, inner.contiguous() if method.repack else inner, result[start:end])
         weights = None if weight_on_input else topk_weights
-        return _weighted_sum(result, order, pairs, weights, top_k).to(out_dtype or hidden_states.dtype)
+        total = _weighted_sum(result, routing.position, pairs, weights, topk_ids.shape[1])
+        return total.to(out_dtype or hidden_states.dtype)
 
 
 def _sort_pairs(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
@@ -150,24 +155,20 @@ def _grouped_linear(
         project = Projection(weight, bias, method)
         out = rows.new_empty(rows.shape[0], project.width)  # [P, out]
         for start, end, runs in _blocks(segments, project.width * method.dtype.itemsize):
-            out[start:end] = _run(project, runs, rows[start:end].to(method.dtype), method.columns)
+            out[start:end] = project(runs, rows[start:end].to(method.dtype))
         out[ends[-1] :].zero_()
         return out
 
 
 def _combine(
-    rows: Tensor,
-    order: Tensor,
-    offsets: Tensor,
-    topk_weights: Tensor | None,
-    top_k: int,
+    rows: Tensor, order: Tensor, offsets: Tensor, topk_weights: Tensor | None, top_k: int,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     with torch.no_grad():
         check_combine(rows, order, offsets, topk_weights, top_k)
         pairs = int(offsets[-1])
-        result = _weighted_sum(rows, order.to(torch.int64), pairs, topk_weights, top_k)
-        return result.to(out_dtype or rows.dtype)
+        position = _invert(order.to(torch.int64), pairs)
+        return _weighted_sum(rows, position, pairs, topk_weights, top_k).to(out_dtype or rows.dtype)
 
 
 def _sort(topk_ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
@@ -177,21 +178,39 @@ def _sort(topk_ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     return torch.sort(key, stable=True)
 
 
-def _segments(key: Tensor, experts: int) -> list[Segment]:
-    """Runs of equal experts in sorted keys; only experts that were hit appear, id E does not."""
-    hit, counts = torch.unique_consecutive(key, return_counts=True)
+def _invert(order: Tensor, pairs: int) -> Tensor:
+    """Row of every pair; ``pairs`` for all rows from there on."""
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order)).clamp_(max=pairs))
+
+
+def _route(topk_ids: Tensor, experts: int) -> Routing:
+    total, top_k = topk_ids.numel(), topk_ids.shape[1]
     segments: list[Segment] = []
-    start = 0
-    for expert, count in zip(hit.tolist(), counts.tolist(), strict=True):
-        if expert < experts:
-            segments.append((expert, start, start + count))
-            start += count
-    return segments
+    pairs = 0
+    if total > FEW_PAIRS:
+        key, order = _sort(topk_ids, experts)  # [P], [P]
+        hit, counts = torch.unique_consecutive(key, return_counts=True)
+        for expert, count in zip(hit.tolist(), counts.tolist(), strict=True):
+            if expert < experts:
+                segments.append((expert, pairs, pairs + count))
+                pairs += count
+        return Routing(order[:pairs], order[:pairs] // top_k, _invert(order, pairs), segments)
+    ids = topk_ids.reshape(-1).tolist()
+    rank = sorted((p for p in range(total) if 0 <= ids[p] < experts), key=ids.__getitem__)
+    position = [len(rank)] * total
+    for row, pair in enumerate(rank):
+        position[pair] = row
+    for expert, group in groupby(rank, ids.__getitem__):
+        start, pairs = pairs, pairs + len(list(group))
+        segments.append((expert, start, pairs))
+    token = [pair // top_k for pair in rank]
+    flat = torch.tensor(rank + token + position, dtype=torch.int64)  # one tensor costs less than three
+    return Routing(flat[:pairs], flat[pairs : 2 * pairs], flat[2 * pairs :], segments)
 
 
 def _blocks(segments: list[Segment], row_bytes: int) -> Iterator[tuple[int, int, list[Segment]]]:
     """Cut segments into ``(start, end, runs)``, where runs count rows from ``start``."""
-    limit = max(1, BLOCK_BYTES // row_bytes)  # rows of several experts together
+    limit = BLOCK_BYTES // row_bytes  # rows of several experts together
     step = max(SPLIT_ROWS, limit)  # rows of one expert
     runs: list[Segment] = []
     start = 0
@@ -228,53 +247,24 @@ def _native_gemm(dtype: torch.dtype) -> bool:
     return probe is not None and bool(probe())
 
 
-def _run(
-    project: Projection, runs: list[Segment], rows: Tensor, columns: bool, out: Tensor | None = None
-) -> Tensor:
-    """One projection of a block; into ``out`` (row-major) when given."""
-    n = rows.shape[0]
-    buffer = out
-    if columns:
-        buffer = torch.empty(project.width, n, dtype=rows.dtype).t()  # [n, out], column-major
-    elif buffer is None:
-        buffer = torch.empty(n, project.width, dtype=rows.dtype)
-    for expert, start, end in runs:
-        project(expert, rows[start:end], buffer[start:end])
-    return buffer if out is None or buffer is out else out.copy_(buffer)
-
-
-def _halves(
-    hidden: list[Tensor], gated: bool, interleaved: bool, wide: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
-    """Gate and up, in the accumulation dtype."""
-    gate = hidden[0].to(wide)
-    if len(hidden) == 2:
-        return gate, hidden[1].to(wide)
-    if not gated:
-        return gate, None
-    half = gate.shape[1] // 2
-    return (gate[:, 0::2], gate[:, 1::2]) if interleaved else (gate[:, :half], gate[:, half:])
+def _halves(hidden: list[Tensor], gated: bool, interleaved: bool) -> Sequence[Tensor]:
+    """Gate, and up if there is one, from what the first projections gave."""
+    if len(hidden) == 2 or not gated:
+        return hidden
+    return (hidden[0][:, 0::2], hidden[0][:, 1::2]) if interleaved else hidden[0].chunk(2, dim=1)
 
 
 _activation = lru_cache(maxsize=64)(Activation.from_args)
+_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {  # each gives a fresh dense tensor
+    "silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": torch.relu,
+    "relu2": lambda gate: torch.relu(gate).square_(), "identity": torch.clone,
+}
 
 
-def _activate(act: Activation, gate: Tensor, up: Tensor | None) -> Tensor:
+def _activate(act: Activation, gate: Tensor, up: Tensor | None = None) -> Tensor:
     """``act(gate, up)`` with fused kernels and few temporaries; the result is dense."""
     g = gate.clamp(max=act.gate_limit) if act.gate_limit < INF else gate
-    if act.name == "silu" and act.alpha == 1.0:
-        a = F.silu(g)
-    elif act.name == "silu":
-        a = torch.sigmoid(g * act.alpha).mul_(g)
-    elif act.name == "gelu":
-        a = F.gelu(g)
-    elif act.name == "gelu_tanh":
-        a = F.gelu(g, approximate="tanh")
-    elif act.name == "identity":
-        a = g.clone()
-    else:
-        a = torch.relu(g)
-        a = a.square_() if act.name == "relu2" else a
+    a = _FUNCTIONS[act.name](g) if act.alpha == 1.0 else torch.sigmoid(g * act.alpha).mul_(g)
     if act.act_limit < INF:
         a.clamp_(max=act.act_limit)
     if up is None:
@@ -283,18 +273,18 @@ def _activate(act: Activation, gate: Tensor, up: Tensor | None) -> Tensor:
     return a.mul_(u + act.up_offset if act.up_offset else u)
 
 
-def _weighted_sum(rows: Tensor, order: Tensor, pairs: int, topk_weights: Tensor | None, top_k: int) -> Tensor:
+def _weighted_sum(
+    rows: Tensor, position: Tensor, pairs: int, topk_weights: Tensor | None, top_k: int
+) -> Tensor:
     """``[T, H]`` in the accumulation dtype, summed in the order of k; reads the first ``pairs`` rows."""
-    total = order.shape[0]
+    total = len(position)
+    wide = _accumulator(rows.dtype)
     if pairs == 0:
-        return rows.new_zeros(total // max(1, top_k), rows.shape[1], dtype=_accumulator(rows.dtype))
-    wide = rows.to(_accumulator(rows.dtype))
-    # Pairs that do not count share one row number, which embedding_bag skips: it is never read.
-    position = torch.empty_like(order).scatter_(0, order, torch.arange(total).clamp_(max=pairs))  # [P]
-    weights = None if topk_weights is None else topk_weights.reshape(-1).to(wide.dtype)
+        return rows.new_zeros(total // top_k, rows.shape[1], dtype=wide)
+    weights = None if topk_weights is None else topk_weights.reshape(-1).to(wide)
+    skipped = pairs if pairs < total else None  # embedding_bag never reads its padding row
     bags = torch.arange(0, total, top_k)
-    padding = pairs if pairs < total else None
-    return torch.embedding_bag(wide, position, bags, False, 0, False, weights, False, padding)[0]
+    return torch.embedding_bag(rows.to(wide), position, bags, False, 0, False, weights, False, skipped)[0]
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:

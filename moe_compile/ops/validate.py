@@ -70,6 +70,8 @@ def check_ids(topk_ids: Tensor) -> None:
     if topk_ids.dtype not in IDS:
         raise TypeError(f"topk_ids is {topk_ids.dtype}; pass int32 or int64 expert ids")
     _dims("topk_ids", topk_ids, ("T", "K"))
+    if topk_ids.shape[1] < 1:
+        raise ValueError(f"topk_ids is {_shape(topk_ids)}; every token needs at least one expert, so K >= 1")
 
 
 def check_grouped_linear(

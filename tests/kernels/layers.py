@@ -46,10 +46,11 @@ class Layer:
         rows = 2 * self.I if self.layout in ("concat", "interleaved") else self.I
         self.x = draw(self.T, self.H).to(self.dtype)
         self.w1 = self._matrix(draw(self.E, rows, self.H) / self.H**0.5)
-        self.w3 = self._matrix(draw(self.E, self.I, self.H) / self.H**0.5) if self.layout == "separate" else []
+        w3, b3 = draw(self.E, self.I, self.H) / self.H**0.5, draw(self.E, self.I)
+        self.w3 = self._matrix(w3) if self.layout == "separate" else []
         self.w2 = self._matrix(draw(self.E, self.H, self.I) / self.I**0.5)
         self.b1 = self._bias(draw(self.E, rows))
-        self.b3 = self._bias(draw(self.E, self.I)) if self.layout == "separate" else []
+        self.b3 = self._bias(b3) if self.layout == "separate" else []
         self.b2 = self._bias(draw(self.E, self.H))
         self.weights = torch.rand(self.T, self.K, generator=g).to(self.device) + 0.1
         self.ids = self._ids(g).to(self.index).to(self.device)

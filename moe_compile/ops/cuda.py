@@ -1,0 +1,205 @@
+"""CUDA implementations of the ops: validate, find the pointer tables, let ``kernels`` do the rest.
+
+Nothing here reads from the device, so every op can be captured in a CUDA graph and costs no synchronisation.
+Triton is imported at the first call. A call checks what is cheap to check: E separate tensors are compared
+with each other when their pointer table is built, not at every call. Shape legend: see ``spec.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .schema import library, num_experts
+from .tables import pointer_table
+from .validate import check_combine, check_experts, check_grouped_linear, check_ids, check_offsets
+
+if TYPE_CHECKING:
+    from ..kernels.activation import Epilogue
+    from ..kernels.operand import Operand
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+Roles = tuple[tuple[Sequence[Tensor], tuple[int, ...]], ...]
+
+
+def experts(
+    hidden_states: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    w1: Sequence[Tensor],
+    w3: Sequence[Tensor],
+    w2: Sequence[Tensor],
+    b1: Sequence[Tensor],
+    b3: Sequence[Tensor],
+    b2: Sequence[Tensor],
+    activation: str,
+    activation_args: Sequence[float],
+    gated: bool,
+    interleaved: bool = False,
+    weight_on_input: bool = False,
+    out_dtype: torch.dtype | None = None,
+    path: str | None = None,
+) -> Tensor:
+    """``moe_compile::experts``; ``path`` (not in the schema) forces one of ``kernels.config.PATHS``."""
+    run, projection = _kernel("experts", "run"), _kernel("tile", "Projection")
+    x = hidden_states
+    count = num_experts(w1) if w1 and w2 else 0
+    layout = "separate" if w3 else ("interleaved" if interleaved else "concat") if gated else "single"
+    sound = (
+        count > 0
+        and x.dim() == 2
+        and topk_ids.dim() == 2
+        and topk_ids.dtype in (torch.int64, torch.int32)
+        and topk_ids.shape[0] == x.shape[0]
+        and topk_ids.shape == topk_weights.shape
+        and topk_weights.is_floating_point()
+        and (gated or not (w3 or interleaved))
+        and not (w3 and interleaved)
+        and (layout == "separate" or not b3)
+    )
+    if sound:
+        hidden, inter = x.shape[1], w2[0].shape[-1]
+        rows = 2 * inter if layout in ("concat", "interleaved") else inter
+        matrices = ((w1, (rows, hidden)), (w3, (inter, hidden)), (w2, (hidden, inter)))
+        sound = _fit(count, x.dtype, (*matrices, (b1, (rows,)), (b3, (inter,)), (b2, (hidden,))))
+    if not sound:
+        check_experts(hidden_states, topk_weights, topk_ids, w1, w3, w2, b1, b3, b2, gated, interleaved)
+    _check_device(x, topk_ids=topk_ids, topk_weights=topk_weights)
+    with _on(x):
+        up = projection(
+            _operand("w1", w1, 2, x),
+            inter,
+            _epilogue(activation, tuple(activation_args), layout),
+            _operand("w3", w3, 2, x),
+            _operand("b1", b1, 1, x),
+            _operand("b3", b3, 1, x),
+        )
+        down = projection(_operand("w2", w2, 2, x), hidden, b=_operand("b2", b2, 1, x))
+        shared = _kernel("experts", "shared_bytes")(x.get_device())
+        return run(
+            x, topk_weights, topk_ids, count, up, down, weight_on_input, out_dtype, path, shared
+        )
+
+
+def sort_pairs(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """``moe_compile::sort_pairs``."""
+    sort = _kernel("sort", "sort_pairs")
+    check_ids(topk_ids)
+    with _on(topk_ids):
+        pairs = sort(topk_ids.contiguous(), num_experts)
+    return pairs.order, pairs.offsets
+
+
+def grouped_linear(rows: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor], offsets: Tensor) -> Tensor:
+    """``moe_compile::grouped_linear``."""
+    linear, projection = _kernel("grouped", "grouped_linear"), _kernel("tile", "Projection")
+    select = _kernel("config", "select")
+    count = num_experts(weight) if weight else 0
+    sound = count > 0 and rows.dim() == 2
+    if sound:
+        (pairs, depth), columns = rows.shape, weight[0].shape[-2]
+        sound = _fit(count, rows.dtype, ((weight, (columns, depth)), (bias, (columns,))))
+    if not sound:
+        check_grouped_linear(rows, weight, bias, offsets)
+    check_offsets(offsets, count)
+    _check_device(rows, offsets=offsets)
+    if pairs == 0:
+        return rows.new_empty(0, columns)
+    with _on(rows):
+        what = projection(_operand("weight", weight, 2, rows), columns, b=_operand("bias", bias, 1, rows))
+        shared = _kernel("experts", "shared_bytes")(rows.get_device())
+        plan = select("sorted", pairs, 1, count, columns, depth, rows.element_size(), shared)
+        return linear(rows.contiguous(), offsets.contiguous(), what, plan.down)
+
+
+def combine(
+    rows: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    topk_weights: Tensor | None,
+    top_k: int,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``moe_compile::combine``."""
+    add_up, invert = _kernel("combine", "combine_sorted"), _kernel("combine", "invert")
+    check_combine(rows, order, offsets, topk_weights, top_k)
+    _check_device(rows, order=order, offsets=offsets)
+    if topk_weights is not None:
+        _check_device(rows, topk_weights=topk_weights)
+        topk_weights = topk_weights.contiguous()
+    with _on(rows):
+        position = invert(order.contiguous())
+        dtype = out_dtype or rows.dtype
+        return add_up(rows.contiguous(), position, offsets.contiguous(), topk_weights, top_k, dtype)
+
+
+library.impl("experts", experts, "CUDA")
+library.impl("sort_pairs", sort_pairs, "CUDA")
+library.impl("grouped_linear", grouped_linear, "CUDA")
+library.impl("combine", combine, "CUDA")
+
+
+def _fit(count: int, dtype: torch.dtype, roles: Roles) -> bool:
+    """Whether every role that is present has the right shape and dtype, judged by its first tensor."""
+    for parts, shape in roles:
+        if not parts:
+            continue
+        first = parts[0]
+        stacked = len(parts) == 1 and first.dim() == len(shape) + 1
+        if first.dtype != dtype or first.shape != ((count, *shape) if stacked else shape):
+            return False
+        if not stacked and len(parts) != count:
+            return False
+    return True
+
+
+def _operand(role: str, parts: Sequence[Tensor], dims: int, like: Tensor) -> Operand | None:
+    """A role that fits, as the kernels take it; None where it is absent."""
+    if not parts:
+        return None
+    _check_device(like, **{role: parts[0]})
+    operand: Callable[..., Operand] = _kernel("operand", "Operand")
+    if parts[0].dim() == dims + 1:
+        return operand(parts)
+    return operand(parts, *pointer_table(parts, role))
+
+
+def _check_device(like: Tensor, **others: Tensor) -> None:
+    if like.dtype not in DTYPES:
+        raise TypeError(f"activations are {like.dtype}; on CUDA pass float32, bfloat16 or float16")
+    for name, tensor in others.items():
+        if tensor.device != like.device:
+            raise ValueError(
+                f"{name} is on {tensor.device}, the activations are on {like.device}; move one of them"
+            )
+
+
+def _on(x: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    if x.get_device() == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(x.device)
+
+
+@lru_cache(maxsize=256)
+def _epilogue(name: str, args: tuple[float, ...], layout: str) -> Epilogue:
+    epilogue: Epilogue = _kernel("activation", "Epilogue")(name, args, layout)
+    return epilogue
+
+
+@lru_cache(maxsize=64)
+def _kernel(module: str, name: str) -> Any:
+    try:
+        return getattr(import_module(f"moe_compile.kernels.{module}"), name)
+    except ImportError as error:
+        raise RuntimeError(
+            f"moe_compile: the CUDA ops need Triton 3.6 or newer, which cannot be imported ({error}); "
+            "pip install triton"
+        ) from error

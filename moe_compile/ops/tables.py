@@ -1,0 +1,106 @@
+"""Pointer tables for separate expert weights: built once per set of addresses, without a synchronisation.
+
+The content of a table depends on nothing but the addresses, so a table found under its addresses is right
+even after weights were replaced. Tables stay inside the ops. Three cases need care:
+
+- another stream than the one that filled the table: it waits for the copy, on the device;
+- a CUDA graph being captured reads the table at every replay: it is then kept for good;
+- a table first needed during a capture is filled by a copy inside the graph, from pinned memory that is kept
+  for good. It belongs to that graph (its content is there only after a replay), so nobody else gets it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+CAPACITY = 4096  # about 1 kB of device memory each for 128 experts; a large model needs a few hundred
+VECTOR_BYTES = 16
+
+
+class Table(NamedTuple):
+    """A filled table, or one whose copy is under way on ``stream`` until ``ready``."""
+
+    tensor: Tensor  # int64 [E]
+    aligned: bool
+    stream: int
+    ready: Any
+
+
+_tables: OrderedDict[tuple[Any, ...], Table] = OrderedDict()
+_held: dict[tuple[Any, ...], Table] = {}
+_sources: dict[tuple[Any, ...], Tensor] = {}
+
+
+def pointer_table(parts: Sequence[Tensor], role: str) -> tuple[Tensor, bool]:
+    """The table of ``parts`` and whether all addresses are aligned to a full vector.
+
+    Raises:
+        ValueError: the parts differ in shape, strides, dtype or device.
+    """
+    first = parts[0]
+    pointers = tuple([p.data_ptr() for p in parts])
+    key = (first.device, first.dtype, first.shape, first.stride(), pointers)
+    capturing = torch.cuda.is_current_stream_capturing()
+    table = _tables.get(key)
+    if table is None:
+        check_alike(parts, role)
+        if capturing:
+            return _fill_in_capture(key, pointers, first.device), _aligned(pointers)
+        table = _fill(pointers, first.device)
+        _tables[key] = table
+        if len(_tables) > CAPACITY:
+            _tables.popitem(last=False)
+        return table.tensor, table.aligned
+    if capturing:
+        _held[key] = table
+    else:
+        _tables.move_to_end(key)
+        stream = torch.cuda.current_stream(first.device)
+        if stream.cuda_stream != table.stream:
+            stream.wait_event(table.ready)
+            table.tensor.record_stream(stream)
+    return table.tensor, table.aligned
+
+
+def check_alike(parts: Sequence[Tensor], role: str) -> None:
+    """Refuse separate tensors that one kernel could not address alike."""
+    first = parts[0]
+    for e, part in enumerate(parts):
+        for what in ("dtype", "device", "shape"):
+            theirs, ours = getattr(part, what), getattr(first, what)
+            if theirs != ours:
+                raise ValueError(
+                    f"{role}: expert {e} has {what} {theirs}, expert 0 has {ours}; "
+                    "separate weights of one role must be alike"
+                )
+        if part.stride() != first.stride():
+            raise ValueError(
+                f"{role}: expert {e} has strides {part.stride()}, expert 0 has {first.stride()}; "
+                "separate weights of one role must be alike, make them all contiguous"
+            )
+
+
+def _fill(pointers: tuple[int, ...], device: torch.device) -> Table:
+    source = torch.tensor(pointers, dtype=torch.int64, pin_memory=True)
+    tensor = source.to(device, non_blocking=True)
+    stream = torch.cuda.current_stream(device)
+    ready = torch.cuda.Event()
+    ready.record(stream)
+    return Table(tensor, _aligned(pointers), stream.cuda_stream, ready)
+
+
+def _fill_in_capture(key: tuple[Any, ...], pointers: tuple[int, ...], device: torch.device) -> Tensor:
+    source = _sources.get(key)
+    if source is None:
+        source = _sources[key] = torch.tensor(pointers, dtype=torch.int64, pin_memory=True)
+    tensor = torch.empty(len(pointers), dtype=torch.int64, device=device)
+    return tensor.copy_(source, non_blocking=True)
+
+
+def _aligned(pointers: tuple[int, ...]) -> bool:
+    return all(p % VECTOR_BYTES == 0 for p in pointers)

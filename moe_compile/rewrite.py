@@ -1,0 +1,197 @@
+"""The pass: canonical copy -> facts -> anchors in Inductor's PatternMatcherPass -> proof -> lowering."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from . import legality, lower, report, torch_compat
+from .canonical import Canonical, canonicalise
+from .match import combine, routing, values, views
+from .match.engine import Engine, Miss, Rule, ids_of
+from .match.facts import Leaf, Sum, Val
+from .match.layer import Found
+from .patterns import FORMS, grouped_mm, name_of
+from .report import REFUSED, REWRITTEN, Site
+from .spec import NoMatch
+
+log = logging.getLogger("moe_compile.match")
+_ANCHOR_NAMES = ("topk", "argmax", "one_hot", "histc", "sort", "max", "scatter", "eq", "bincount", "argsort")
+
+
+@dataclass
+class Result:
+    """What one graph held."""
+
+    sites: list[Site] = field(default_factory=list)
+    plans: list[lower.Plan] = field(default_factory=list)
+    failed: str = ""
+
+
+def facts_of(copy: Canonical) -> Engine:
+    """Run every rule over a canonical copy."""
+    tables = [views.RULES, values.RULES, combine.RULES, routing.RULES, *(form.RULES for form in FORMS), grouped_mm.late_rules()]
+    return Engine(copy, tables, _fallbacks).run()
+
+
+def _fallbacks(target: Any) -> tuple[Rule, ...]:
+    return (values.pointwise,) if values.is_pointwise(target) else ()
+
+
+def analyse_graph(gm: fx.GraphModule) -> Result:
+    """Find and prove every MoE layer of ``gm``; changes nothing."""
+    result = Result()
+    if not _worth_a_look(gm):
+        return result
+    copy = canonicalise(gm)
+    engine = facts_of(copy)
+    candidates = _candidates(engine)
+    passes = torch_compat.matcher_pass()
+    anchors = {target for form in FORMS for target in form.ANCHORS}
+    refused: dict[fx.Node, tuple[str, NoMatch]] = {}
+
+    def check(match: Any) -> bool:
+        node = match.nodes[0]
+        if node not in candidates:
+            return False
+        try:
+            form, found = _prove(engine, *candidates[node])
+            region = legality.region_of(engine, found)
+            lower.shape_is_restorable(found)
+            plan = lower.plan(copy, found, region)
+        except NoMatch as error:
+            refused[node] = (getattr(error, "form", ""), error)
+            return False
+        result.plans.append(plan)
+        result.sites.append(Site(REWRITTEN, form=form, location=_where(copy, node), spec=found.moe, kernel=kernel_text(found)))
+        return True
+
+    torch_compat.register_anchor(passes, sorted(anchors, key=str), check, lambda match, *a, **k: None)
+    passes.apply(copy.graph)
+    done = {plan.found.routing.ids.node for plan in result.plans}
+    result.sites += _refusals(engine, candidates, refused, done)
+    return result
+
+
+def rewrite_graph(gm: fx.GraphModule) -> Result:
+    """``analyse_graph``, then replace every proved layer of ``gm`` by its op."""
+    result = analyse_graph(gm)
+    for plan in result.plans:
+        lower.lower(plan)
+    if result.plans:
+        gm.graph.lint()
+        gm.recompile()
+    return result
+
+
+def _worth_a_look(gm: fx.GraphModule) -> bool:
+    """Whether anything in the graph could be a routing decision: tracing a copy costs time."""
+    for node in gm.graph.nodes:
+        if node.op in ("call_function", "call_method"):
+            name = getattr(node.target, "__name__", str(node.target)).lower()
+            if any(a in name for a in _ANCHOR_NAMES):
+                return True
+    return False
+
+
+def _candidates(engine: Engine) -> dict[fx.Node, tuple[fx.Node, Sum]]:
+    """For each routing decision and input the largest sum: the anchor that completes it -> its output.
+
+    The output is the anchor itself, or a cast that is the anchor's only user.
+    """
+    best: dict[Any, tuple[fx.Node, fx.Node, Sum]] = {}
+    for node, total in engine.sums:
+        key = (ids_of(total), total.parts[0].val.x)
+        known = best.get(key)
+        if known is None or len(total.parts) > len(known[2].parts):
+            best[key] = (node, node, total)
+        elif _is_cast_of(node, known[1], total):
+            best[key] = (known[0], node, total)
+    return {anchor: (output, total) for anchor, output, total in best.values()}
+
+
+def _is_cast_of(node: fx.Node, known: fx.Node, total: Sum) -> bool:
+    """A cast of the result that nothing else uses belongs to the layer."""
+    return node.args[:1] == (known,) and len(known.users) == 1 and "to" in str(node.target) and total.base is None
+
+
+def _prove(engine: Engine, node: fx.Node, total: Sum) -> tuple[str, Found]:
+    nearest: tuple[str, NoMatch] | None = None
+    for form in FORMS:
+        try:
+            return name_of(form), form.match(engine, node, total)
+        except NoMatch as error:
+            if error.code != "MC200" and nearest is None:
+                nearest = (name_of(form), error)
+    if nearest is None:
+        raise NoMatch("MC200", "the sum fits no form", node)
+    nearest[1].form = nearest[0]  # type: ignore[attr-defined]
+    raise nearest[1]
+
+
+def _refusals(
+    engine: Engine, candidates: dict[fx.Node, tuple[fx.Node, Sum]], refused: dict[fx.Node, tuple[str, NoMatch]], done: set[fx.Node]
+) -> list[Site]:
+    """One row per routing decision that was not rewritten: its refusal, else the step that went furthest."""
+    sites = []
+    explained = set(done)
+    for node, (form, error) in refused.items():
+        leaf = ids_of(candidates[node][1])
+        if leaf is None or leaf.node in explained:
+            continue
+        explained.add(leaf.node)
+        sites.append(_refusal(engine, form, error, node))
+    for ids, user in engine.ids.items():
+        if ids in explained:
+            continue
+        misses = [m for m in engine.misses if m.ids is not None and m.ids.node is ids]
+        if not misses and not _feeds_weights(engine, ids):
+            continue
+        sites.append(_nearest_miss(engine, misses, user))
+    return sites
+
+
+def _feeds_weights(engine: Engine, ids: fx.Node) -> bool:
+    """Whether a routing decision picks rows or weights of experts."""
+    for fact in engine.first_facts.values():
+        leaf = ids_of(fact) if isinstance(fact, (Val, Sum)) else None
+        if isinstance(leaf, Leaf) and leaf.node is ids:
+            return True
+    return False
+
+
+def _nearest_miss(engine: Engine, misses: list[Miss], user: fx.Node) -> Site:
+    if misses:
+        last = max(misses, key=lambda m: m.position)
+        return _refusal(engine, "", last.error, user)
+    error = NoMatch("MC200", "experts are chosen here, but their outputs are combined in a way that no form knows", user)
+    return _refusal(engine, "", error, user)
+
+
+def _refusal(engine: Engine, form: str, error: NoMatch, node: fx.Node) -> Site:
+    from .codes import CODES
+
+    at = error.node if isinstance(error.node, fx.Node) else node
+    where = _where(engine.copy, at) or _where(engine.copy, node)
+    fix = CODES[error.code].fix if error.code in CODES else ""
+    return Site(REFUSED, form=form, code=error.code, reason=error.reason, location=where, fix=fix)
+
+
+def _where(copy: Canonical, node: fx.Node) -> str:
+    """The user's line behind a canonical node."""
+    origin = copy.origin(node) or copy.first_origin.get(node)
+    return torch_compat.user_frame(origin) if origin is not None else torch_compat.user_frame(node)
+
+
+def kernel_text(found: Found) -> str:
+    """Which kernel serves a layer, as text for the report."""
+    device = found.moe.hidden_states.node.meta["val"].device.type
+    if found.moe.experts.activation is None:
+        return f"{device}: two grouped GEMMs around the original activation"
+    return "cuda: Triton, by T" if device == "cuda" else f"{device}: grouped GEMMs"
+
+
+__all__ = ["Result", "analyse_graph", "report", "rewrite_graph"]

@@ -1,0 +1,212 @@
+"""The CUDA ops on a real device: every path, dtype and storage form, against float64.
+
+Before every case freed memory is filled with NaN, so that a row that nobody wrote shows if it is read.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.gpu
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
+from layers import Layer, relative_error  # noqa: E402
+
+from moe_compile.kernels import experts as pipeline  # noqa: E402
+from moe_compile.ops import cuda, tables  # noqa: E402
+from moe_compile.spec import Activation  # noqa: E402
+
+PATHS = ("gemv", "decode", "sorted")
+FLOOR = {torch.float32: 1e-7, torch.bfloat16: 1e-3, torch.float16: 1e-3}
+GPT_OSS = Activation("silu", alpha=1.702, gate_limit=1.0, up_limit=1.0, up_offset=1.0)
+FIRST_STEP = {"gemv": "gemv_up", "decode": "decode_projection", "sorted": "sort_pairs"}
+
+
+@pytest.fixture(autouse=True)
+def poison() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    blocks = [torch.full((n,), float("nan"), device="cuda") for n in (64, 4096, 1 << 18, 1 << 22, 1 << 25)]
+    del blocks
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the paths whose first kernel was launched."""
+    seen: list[str] = []
+    for path, name in FIRST_STEP.items():
+        original = getattr(pipeline, name)
+
+        def spy(*args: Any, _original: Any = original, _path: str = path, **kwargs: Any) -> Any:
+            seen.append(_path)
+            return _original(*args, **kwargs)
+
+        monkeypatch.setattr(pipeline, name, spy)
+    return seen
+
+
+def layer(*args: Any, **kwargs: Any) -> Layer:
+    return Layer(*args, device="cuda", **kwargs)
+
+
+def run(case: Layer, path: str | None = None) -> torch.Tensor:
+    return cuda.experts(*case.op_args(), path=path)  # type: ignore[arg-type]
+
+
+def check(case: Layer, path: str | None = None) -> torch.Tensor:
+    ours, truth = run(case, path), case.truth()
+    naive = relative_error(case.moe().reference().to(case.dtype), truth)
+    error = relative_error(ours, truth)
+    assert error <= 2 * naive + FLOOR[case.dtype], f"ours {error:.2e}, torch {naive:.2e}"
+    return ours
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", list(FLOOR))
+@pytest.mark.parametrize(
+    ("T", "E", "K", "H", "I"),
+    [(1, 8, 2, 256, 512), (2, 16, 4, 192, 96), (7, 5, 5, 127, 61), (33, 17, 3, 360, 88), (150, 8, 2, 256, 384)],
+)
+def test_paths(path: str, dtype: torch.dtype, T: int, E: int, K: int, H: int, I: int, taken: list[str]) -> None:
+    case = layer(T, E, K, H, I, dtype=dtype, routing="sentinels")
+    first = check(case, path)
+    assert taken == [path]
+    assert torch.equal(first, run(case, path)), "two runs differ"
+
+
+@pytest.mark.parametrize("T", [0, 1, 2, 3, 64, 65, 128, 129, 700, 3000])
+def test_chosen_path(T: int, taken: list[str]) -> None:
+    case = layer(T, 16, 4, 256, 128, dtype=torch.bfloat16)
+    if T == 0:
+        assert run(case).shape == (0, 256)
+        return
+    check(case)
+    expected = "gemv" if T <= 2 else "decode" if T <= 64 else "sorted"
+    assert taken == [expected]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("layout", ["concat", "interleaved", "separate"])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("T", [2, 40, 1200])
+def test_storage(path: str, layout: str, transposed: bool, T: int) -> None:
+    if path == "gemv" and (transposed or T > 2) or path == "decode" and T > 100:
+        pytest.skip("not a case of this path")
+    form = {"bias": True, "routing": "sentinels", "dtype": torch.bfloat16, "transposed": transposed}
+    stacked = layer(T, 6, 3, 320, 176, GPT_OSS, layout, **form)
+    separate = layer(T, 6, 3, 320, 176, GPT_OSS, layout, True, **form)
+    assert torch.equal(check(stacked, path), check(separate, path)), "stacked and separate differ"
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", ["silu", "gelu", "gelu_tanh", "relu", "relu2", "identity"])
+@pytest.mark.parametrize("gated", [True, False])
+def test_activations(path: str, name: str, gated: bool) -> None:
+    activation = Activation(name, gated, gate_limit=2.0, act_limit=1.5)
+    check(layer(6, 4, 2, 128, 64, activation, dtype=torch.bfloat16, bias=True), path)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("routing", ["one", "nobody", "distinct", "random"])
+def test_routing(path: str, routing: str) -> None:
+    case = layer(48, 8, 4, 256, 128, dtype=torch.float16, routing=routing, weight_on_input=True)
+    if routing == "nobody":
+        assert not run(case, path).any()
+    else:
+        check(case, path)
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 3000])
+def test_many_experts_sort(tokens: int) -> None:
+    ids = torch.randint(-3, 1103, (tokens, 8), device="cuda")
+    order, offsets = torch.ops.moe_compile.sort_pairs(ids, 1100)
+    bucket = torch.where((ids >= 0) & (ids < 1100), ids, 1100).reshape(-1)
+    assert torch.equal(order.long(), torch.argsort(bucket, stable=True))
+    ends = torch.bincount(bucket, minlength=1101).cumsum(0)
+    assert torch.equal(offsets[1:].long(), ends[:1100]) and int(offsets[0]) == 0
+
+
+@pytest.mark.parametrize("dtype", list(FLOOR))
+@pytest.mark.parametrize("separate", [False, True])
+def test_three_ops_make_a_layer(dtype: torch.dtype, separate: bool) -> None:
+    case = layer(
+        300, 7, 3, 200, 120, Activation("relu", gated=False), dtype=dtype, bias=True, routing="sentinels",
+        separate=separate,
+    )  # fmt: skip
+    ops = torch.ops.moe_compile
+    order, offsets = ops.sort_pairs(case.ids, 7)
+    h = torch.relu(ops.grouped_linear(case.x[order.long() // 3], case.w1, case.b1, offsets))
+    y = ops.grouped_linear(h, case.w2, case.b2, offsets)
+    assert not y[int(offsets[7]) :].any()
+    out = ops.combine(y, order, offsets, case.weights, 3)
+    naive = relative_error(case.moe().reference().to(dtype), case.truth())
+    assert relative_error(out, case.truth()) <= 2 * naive + FLOOR[dtype]
+
+
+@pytest.mark.parametrize("separate", ["stacked", "separate", "separate, first seen in the capture"])
+@pytest.mark.parametrize("T", [1, 16, 600])
+def test_cuda_graph(separate: str, T: int) -> None:
+    case = layer(T, 8, 2, 256, 128, dtype=torch.bfloat16, separate=separate != "stacked", routing="sentinels")
+    torch.ops.moe_compile.experts(*case.op_args())  # compiles
+    if "capture" in separate:
+        tables._tables.clear()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = torch.ops.moe_compile.experts(*case.op_args())
+    for seed in range(3):
+        g = torch.Generator().manual_seed(seed)
+        case.ids.copy_(torch.randint(-1, 9, (T, 2), generator=g))
+        case.x.copy_(torch.randn(T, 256, generator=g))
+        tables._tables.clear()  # what a graph reads must not hang on the cache
+        graph.replay()
+        assert torch.equal(out, torch.ops.moe_compile.experts(*case.op_args()))
+        if bool((case.ids >= 0).logical_and(case.ids < 8).any()):
+            assert relative_error(out, case.truth()) < 1e-2
+
+
+def test_tables_follow_the_weights() -> None:
+    case = layer(4, 4, 2, 64, 32, dtype=torch.bfloat16, separate=True)
+    check(case)
+    for w in case.w1:
+        w.mul_(0.5)  # in place: same addresses, new values
+    check(case)
+    case.w2 = [w.flip(0) for w in case.w2]  # new tensors
+    check(case)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        case.w2 = [w.clone() for w in case.w2]
+        torch.cuda.synchronize()
+        check(case)
+    torch.cuda.synchronize()
+    check(case)
+
+
+def test_no_synchronisation() -> None:
+    cases = [layer(T, 8, 2, 128, 64, dtype=torch.bfloat16, separate=True) for T in (1, 32, 500)]
+    for case in cases:
+        run(case)
+    fresh = layer(32, 8, 2, 128, 64, dtype=torch.bfloat16, separate=True)  # its tables are built under the watch
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for case in (*cases, fresh):
+            run(case)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_errors_name_the_values() -> None:
+    case = layer()
+    args = list(case.op_args())
+    args[2] = case.ids.cpu()
+    with pytest.raises(ValueError, match="topk_ids is on cpu"):
+        cuda.experts(*args)  # type: ignore[arg-type]
+    args = list(case.op_args())
+    args[0] = case.x.double()
+    with pytest.raises(TypeError, match="float64"):
+        cuda.experts(*args)  # type: ignore[arg-type]

@@ -1,0 +1,105 @@
+"""The CUDA op's own Python on CPU tensors: validation, layouts, choice of path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from layers import Layer, relative_error
+
+from moe_compile.kernels import experts, operand
+from moe_compile.ops import cuda, tables
+from moe_compile.spec import Activation
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def table(parts: Any, role: str) -> tuple[torch.Tensor, bool]:
+        tables.check_alike(parts, role)
+        made = operand.make_operand(parts, parts[0].dim())
+        assert made.table is not None
+        return made.table, made.aligned
+
+    monkeypatch.setattr(cuda, "_on", lambda x: nullcontext())
+    monkeypatch.setattr(cuda, "pointer_table", table)
+    monkeypatch.setattr(experts, "shared_bytes", lambda device: 227 * 1024)
+    cuda._kernel.cache_clear()
+
+
+@pytest.mark.parametrize("layout", ["concat", "interleaved", "separate"])
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("gated", [True, False])
+def test_against_float64(layout: str, separate: bool, gated: bool) -> None:
+    layer = Layer(
+        5, 3, 2, 12, 10, Activation("gelu", gated), layout, separate, bias=True, routing="sentinels"
+    )
+    out = cuda.experts(*layer.op_args())  # type: ignore[arg-type]
+    assert relative_error(out, layer.truth()) < 2e-6
+
+
+def test_three_ops_make_a_layer() -> None:
+    layer = Layer(9, 4, 2, 12, 10, Activation("relu", gated=False), bias=True, routing="sentinels")
+    order, offsets = cuda.sort_pairs(layer.ids, 4)
+    rows = layer.x[order.long() // 2]
+    h = torch.relu(cuda.grouped_linear(rows, layer.w1, layer.b1, offsets))
+    y = cuda.grouped_linear(h, layer.w2, layer.b2, offsets)
+    assert not y[int(offsets[4]) :].any()
+    out = cuda.combine(y, order, offsets, layer.weights, 2)
+    assert relative_error(out, layer.truth()) < 2e-6
+
+
+def test_no_tokens() -> None:
+    assert cuda.experts(*Layer(0).op_args()).shape == (0, 19)  # type: ignore[arg-type]
+    rows, offsets = torch.empty(0, 19), torch.zeros(6, dtype=torch.int32)
+    assert cuda.grouped_linear(rows, [torch.empty(5, 7, 19)], [], offsets).shape == (0, 7)
+    empty = torch.empty(0, dtype=torch.int32)
+    assert cuda.combine(rows, empty, offsets, None, 2).shape == (0, 19)
+
+
+def broken(change: Callable[[list[Any]], None], **layer: Any) -> list[Any]:
+    args = list(Layer(**layer).op_args())
+    change(args)
+    return args
+
+
+def test_errors() -> None:
+    def put(index: int, value: Callable[[Any], Any]) -> Callable[[list[Any]], None]:
+        def change(args: list[Any]) -> None:
+            args[index] = value(args[index])
+
+        return change
+
+    for change, kind, text in (
+        (put(0, lambda x: x.double()), TypeError, "float64"),
+        (put(0, lambda x: x[:, :5]), ValueError, "w1"),
+        (put(1, lambda w: w.long()), TypeError, "topk_weights"),
+        (put(2, lambda i: i.float()), TypeError, "topk_ids"),
+        (put(2, lambda i: i[:3]), ValueError, "tokens"),
+        (put(3, lambda w: [w[0].half()]), TypeError, "w1"),
+        (put(5, lambda w: [w[0].mT]), ValueError, "w1|w2"),
+        (put(12, lambda i: True), ValueError, "w3|interleaved"),
+    ):
+        layout = "separate" if text == "w3|interleaved" else "concat"
+        with pytest.raises(kind, match=text):
+            cuda.experts(*broken(change, layout=layout))
+
+
+def test_unlike_separate_weights() -> None:
+    def strides(args: list[Any]) -> None:
+        args[3][1] = args[3][1].t().contiguous().t()
+
+    with pytest.raises(ValueError, match=r"w1: expert 1 has strides .* contiguous"):
+        cuda.experts(*broken(strides, separate=True))
+
+
+def test_missing_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> None:
+        raise ModuleNotFoundError("No module named 'triton'")
+
+    monkeypatch.setattr(cuda, "import_module", fail)
+    with pytest.raises(RuntimeError, match="pip install triton"):
+        cuda.experts(*Layer().op_args())  # type: ignore[arg-type]
+    cuda._kernel.cache_clear()

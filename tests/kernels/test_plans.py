@@ -1,0 +1,51 @@
+"""Tiles that the fp32 plans do not use (swapped operands, short last tiles), and the choice of plans."""
+
+from __future__ import annotations
+
+import pytest
+from layers import Layer, relative_error
+
+from moe_compile.kernels import config, experts
+from moe_compile.kernels.config import Plan, Tiles
+from moe_compile.spec import Activation
+
+LAYERS = {"qwen3": (128, 8, 2048, 768), "mixtral": (8, 2, 4096, 14336), "gpt-oss": (32, 4, 2880, 2880)}
+
+
+@pytest.mark.parametrize("layout", ["concat", "interleaved", "separate", "single"])
+@pytest.mark.parametrize("swap", [True, False])
+@pytest.mark.parametrize(("path", "tail"), [("sorted", 2), ("sorted", 1), ("decode", 0)])
+def test_forced_plans(monkeypatch: pytest.MonkeyPatch, layout: str, swap: bool, path: str, tail: int) -> None:
+    bm = 64 if tail else 16  # the decode case needs more than one pass over an expert's rows
+    plan = Plan(path, Tiles(bm, 64, 16, 4, 2, swap, tail, 2), Tiles(bm, 32, 16, 4, 2, swap, tail, 2))
+    monkeypatch.setattr(experts, "select", lambda *args: plan)
+    layer = Layer(
+        29, 2, 2, 21, 38, Activation(gated=layout != "single"), layout, bias=True, routing="sentinels"
+    )
+    up, down = layer.projections()
+    ours = experts.run(layer.x, layer.weights, layer.ids, 2, up, down, path=path)
+    assert relative_error(ours, layer.truth()) < 2e-6
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("elements", [2, 4])
+@pytest.mark.parametrize("shared", [config.H200_SHARED_BYTES, 99 * 1024])
+def test_plans_fit(name: str, elements: int, shared: int) -> None:
+    E, K, H, I = LAYERS[name]
+    for tokens in (1, 2, 3, 16, 64, 65, 128, 129, 512, 1024, 4096, 16384):
+        path = config.choose_path(tokens, K, E)
+        plan = config.select(path, tokens, K, E, H, I, elements, shared)
+        assert plan.up.bm == plan.down.bm
+        for tiles in (plan.up, plan.down):
+            assert tiles.stages >= 1
+            assert tiles.stages * (tiles.bm + tiles.wn) * tiles.bk * elements <= shared
+
+
+def test_paths() -> None:
+    assert config.choose_path(1, 8, 128) == "gemv"
+    assert config.choose_path(1, 8, 128, dense=False) == "decode"
+    assert config.choose_path(64, 2, 8) == "decode"
+    assert config.choose_path(128, 8, 128) == "decode"
+    assert config.choose_path(128, 2, 8) == "sorted"
+    assert config.choose_path(64, 128, 128) == "sorted"  # more ids than one program should hold
+    assert config.choose_path(4096, 8, 128) == "sorted"
