@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from .canonical import shape_of, tensor_inputs, value
+from .canonical import placeholder_value, shape_of, tensor_inputs, value
 from .match.engine import Engine, aten, writes
 from .match.facts import Filled, Leaf, Picked, Sum, Val, refuse
 from .match.layer import Found
@@ -33,7 +33,7 @@ def region_of(engine: Engine, found: Found) -> Region:
             MC507 gradients are needed.
     """
     border = {leaf.node for leaf in found.leaves}
-    nodes = _between(engine, found.output, border)
+    nodes = between(engine, found.output, border)
     _borders_hold(engine, found)
     _nothing_used_outside(engine, found, nodes)
     _no_mode_changes(engine, found, nodes)
@@ -42,7 +42,7 @@ def region_of(engine: Engine, found: Found) -> Region:
     return Region(frozenset(nodes), steps, engine.base(found.output))
 
 
-def _between(engine: Engine, output: fx.Node, border: set[fx.Node]) -> set[fx.Node]:
+def between(engine: Engine, output: fx.Node, border: set[fx.Node]) -> set[fx.Node]:
     """Everything from the output back to the border; a fresh tensor reads only the shape of its argument."""
     seen: set[fx.Node] = set()
     todo = [output]
@@ -131,9 +131,26 @@ def _no_gradients(engine: Engine, found: Found) -> None:
     if not enabled:
         return
     for leaf in found.leaves:
-        tensor = value(leaf.node)
-        if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+        if _needs_gradient(engine, leaf.node):
             raise refuse("MC507", f"{describe(leaf)} requires a gradient and grad mode is on", found.output)
+
+
+def _needs_gradient(engine: Engine, node: fx.Node) -> bool:
+    """Whether any input that a value is computed from requires a gradient."""
+    seen: set[fx.Node] = set()
+    todo = [node]
+    while todo:
+        at = todo.pop()
+        if at in seen:
+            continue
+        seen.add(at)
+        if at.op == "placeholder":
+            origin = engine.copy.origin(at)
+            tensor = placeholder_value(origin) if origin is not None else value(at)
+            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+                return True
+        todo.extend(tensor_inputs(at))
+    return False
 
 
 def describe(leaf: Leaf) -> str:

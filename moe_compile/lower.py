@@ -55,7 +55,10 @@ def plan(copy: Canonical, found: Found, region: Region) -> Plan:
 
 
 def _origin(copy: Canonical, node: fx.Node) -> fx.Node:
-    found = copy.origin(node)
+    found, buffer = copy.origin(node), node
+    while found is None and writes(buffer.target):  # ``out[m] = y`` has no value: the buffer holds it
+        buffer = buffer.args[0]  # type: ignore[assignment]
+        found = copy.origin(buffer)
     if found is None:
         raise refuse("MC212", f"{node.name} exists only inside a composite operation", node)
     return found

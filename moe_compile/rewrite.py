@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx
 
 from . import legality, lower, report, torch_compat
@@ -13,13 +15,14 @@ from .canonical import Canonical, canonicalise
 from .match import combine, routing, values, views
 from .match.engine import Engine, Miss, Rule, ids_of
 from .match.facts import Leaf, Sum, Val
-from .match.layer import Found
+from .match.layer import Found, rebased
 from .patterns import FORMS, grouped_mm, name_of
 from .report import REFUSED, REWRITTEN, Site
 from .spec import NoMatch
 
+topk = torch.ops.aten.topk.default
 log = logging.getLogger("moe_compile.match")
-_ANCHOR_NAMES = ("topk", "argmax", "one_hot", "histc", "sort", "max", "scatter", "eq", "bincount", "argsort")
+_ANCHOR_NAMES = ("topk", "argmax", "one_hot", "histc", "sort", "max", "scatter", "eq", "bincount", "argsort", "gather", "index_select", "take_along_dim")  # fmt: skip
 
 
 @dataclass
@@ -92,9 +95,14 @@ def _worth_a_look(gm: fx.GraphModule) -> bool:
     for node in gm.graph.nodes:
         if node.op in ("call_function", "call_method"):
             name = getattr(node.target, "__name__", str(node.target)).lower()
-            if any(a in name for a in _ANCHOR_NAMES):
+            if any(a in name for a in _ANCHOR_NAMES) or name == "getitem" and _indexes_by_tensor(node):
                 return True
     return False
+
+
+def _indexes_by_tensor(node: fx.Node) -> bool:
+    index = node.args[1]
+    return any(isinstance(i, fx.Node) for i in (index if isinstance(index, tuple) else (index,)))
 
 
 def _candidates(engine: Engine) -> dict[fx.Node, tuple[fx.Node, Sum]]:
@@ -119,6 +127,7 @@ def _is_cast_of(node: fx.Node, known: fx.Node, total: Sum) -> bool:
 
 
 def _prove(engine: Engine, node: fx.Node, total: Sum) -> tuple[str, Found]:
+    total = rebased(engine, total, node)
     nearest: tuple[str, NoMatch] | None = None
     for form in FORMS:
         try:
@@ -143,15 +152,46 @@ def _refusals(
         if leaf is None or leaf.node in explained:
             continue
         explained.add(leaf.node)
-        sites.append(_refusal(engine, form, error, node))
+        sites.append(_refusal(engine, form, _inner_reason(engine, node, leaf) or error, node))
     for ids, user in engine.ids.items():
         if ids in explained:
             continue
         misses = [m for m in engine.misses if m.ids is not None and m.ids.node is ids]
         if not misses and not _feeds_weights(engine, ids):
             continue
+        explained.add(ids)
         sites.append(_nearest_miss(engine, misses, user))
-    return sites
+    return sites + _unrouted_misses(engine, explained)
+
+
+def _inner_reason(engine: Engine, output: fx.Node, ids: Leaf) -> NoMatch | None:
+    """Why a value inside a refused layer lost its meaning, if one did: nearer to the cause than the refusal."""
+    inside = {n for n in legality.between(engine, output, set()) if engine.position[n] > engine.position[ids.node]}
+    misses = [m for m in engine.misses if m.node in inside]
+    if misses:
+        return max(misses, key=lambda m: m.position).error
+    return _lost_at(engine, inside - {output})
+
+
+def _lost_at(engine: Engine, nodes: Iterable[fx.Node]) -> NoMatch | None:
+    """The first of ``nodes`` that makes something unknown of an expert's value."""
+    for node in sorted(nodes, key=engine.position.__getitem__):
+        values = [engine.first_facts.get(n) for n in node.all_input_nodes]
+        if node not in engine.first_facts and any(isinstance(v, Val) and v.slots for v in values):
+            name = str(node.target).removeprefix("aten.")
+            return NoMatch("MC303", f"{name} of an expert's value is not a row-wise step of an expert MLP", node)
+    return None
+
+
+def _unrouted_misses(engine: Engine, explained: set[fx.Node]) -> list[Site]:
+    """A step that failed before any routing was seen, where a top-k of the graph is still without a row."""
+    misses = [m for m in engine.misses if m.ids is None]
+    routed = {n for ids in explained for n in (ids, *ids.all_input_nodes)}
+    open_choices = [n for n in engine.position if n.target is topk and n not in routed]
+    if not misses or not open_choices:
+        return []
+    last = max(misses, key=lambda m: m.position)
+    return [_refusal(engine, "", last.error, open_choices[-1])]
 
 
 def _feeds_weights(engine: Engine, ids: fx.Node) -> bool:
@@ -167,6 +207,10 @@ def _nearest_miss(engine: Engine, misses: list[Miss], user: fx.Node) -> Site:
     if misses:
         last = max(misses, key=lambda m: m.position)
         return _refusal(engine, "", last.error, user)
+    later = [n for n, at in engine.position.items() if at > engine.position[user] and n.op == "call_function"]
+    lost = _lost_at(engine, later)
+    if lost is not None:
+        return _refusal(engine, "", lost, user)
     error = NoMatch("MC200", "experts are chosen here, but their outputs are combined in a way that no form knows", user)
     return _refusal(engine, "", error, user)
 

@@ -174,6 +174,8 @@ def _sum_one_hot(engine: Engine, node: fx.Node) -> Any:
 
 def _cumsum(engine: Engine, node: fx.Node) -> Any:
     fact = engine.fact(node.args[0])
+    if isinstance(fact, Gate) and names(fact.dims) == (("e",),) and fact.weight is None and fact.rows is None:
+        fact = Counts(fact.dims, fact.ids)  # T = 1: the one-hot rows were summed over the slots alone
     return replace(fact, ends=True) if isinstance(fact, Counts) and not fact.ends else None
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -47,10 +48,11 @@ class Epilogue:
         if self.layout not in LAYOUTS:
             raise ValueError(f"gate/up layout {self.layout!r} is not one of {', '.join(LAYOUTS)}")
 
-    @property
+    @cached_property
     def gated(self) -> bool:
         return self.layout != "single"
 
+    @cached_property
     def function(self) -> Function:
         """The compile-time argument of the kernels."""
         alpha, gate, up, act, offset = self.args

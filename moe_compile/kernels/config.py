@@ -98,20 +98,15 @@ def _decode(tokens: int) -> tuple[Tiles, Tiles]:
 
 def _sorted(mean: float) -> tuple[Tiles, Tiles]:
     if mean <= 12:
-        return Tiles(32, 128, 128, 4, 5, swap=True), Tiles(32, 128, 128, 4, 4, swap=True)
+        return Tiles(32, 128, 128, 4, 5, True, 0, 4), Tiles(32, 128, 128, 4, 4, True, 0, 4)
     if mean <= 40:
-        return Tiles(64, 256, 64, 8, 4, swap=True, tail=1), Tiles(64, 128, 64, 4, 4, swap=True, tail=1)
+        return Tiles(64, 256, 64, 8, 4, True, 1, 4), Tiles(64, 128, 64, 4, 4, True, 1, 4)
     if mean <= 256:
-        return (
-            Tiles(128, 256, 64, 8, 4, swap=True, tail=2),
-            Tiles(128, 256, 64, 8, 4, swap=True, tail=2),
-        )
+        tiles = Tiles(128, 256, 64, 8, 4, True, 2, 4)
+        return tiles, tiles
     # the last tile of an expert still matters with a few tiles each, and no longer with many
     tail = 1 if mean <= 1024 else 0
-    return (
-        Tiles(128, 256, 64, 8, 3, swap=False, tail=tail, group=8),
-        Tiles(128, 256, 64, 8, 3, swap=False, tail=tail, group=8),
-    )
+    return Tiles(128, 256, 64, 8, 3, False, tail, 16), Tiles(128, 256, 64, 8, 3, False, tail, 8)
 
 
 def _small(path: str) -> tuple[Tiles, Tiles]:

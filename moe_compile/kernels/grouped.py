@@ -86,11 +86,12 @@ def grouped_kernel(
         else:
             _rows(x, x_stride, order, scales, out, r, n, e, tn, N, D, W, K, M, S, BM // 4)
     elif ZERO_REST:
+        BN: tl.constexpr = S.bn
         rest = t - n_tiles * columns
         s = tl.load(offsets + E) + rest // columns * BM + tl.arange(0, BM)
-        c = rest % columns * S.bn + tl.arange(0, S.bn)
+        c = rest % columns * BN + tl.arange(0, BN)
         at = out + s.to(tl.int64)[:, None] * N + c[None, :]
-        zero = tl.zeros((BM, S.bn), out.dtype.element_ty)
+        zero = tl.zeros((BM, BN), out.dtype.element_ty)
         tl.store(at, zero, mask=(s < P)[:, None] & (c < N)[None, :])
 
 

@@ -9,7 +9,6 @@ addressed independently, which covers fused, separate and transposed storage wit
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -33,8 +32,7 @@ class Address(NamedTuple):
 ABSENT = Address(None, 0, 0, 0)
 
 
-@dataclass(frozen=True)
-class Operand:
+class Operand(NamedTuple):
     """One role (for example "down projection") of all experts.
 
     Args:

@@ -90,7 +90,7 @@ class Projection:
         element = [None if role is None else role.element() for role in roles]
         up_aligned = up is not None and up.aligned
         self.meaning = Meaning(
-            *epilogue.function(), epilogue.layout, element[0], w.aligned, element[1], up_aligned, *element[2:]
+            *epilogue.function, epilogue.layout, element[0], w.aligned, element[1], up_aligned, *element[2:]
         )
 
     def shape(self, tiles: Tiles) -> Shape:

@@ -398,6 +398,9 @@ def stacked_values(node: fx.Node, vals: list[Val], at: int) -> Val | None:
     slots = []
     for n, slot in enumerate(first.slots):
         every = [v.slots[n] for v in vals]
+        if slot.weight.source == "one" and all(s == slot for s in every):
+            slots.append(slot)  # shared by all: it belongs before the experts
+            continue
         merged = merge_weights([s.weight for s in every], node)
         if any(s.transposed != slot.transposed for s in every):
             raise refuse("MC201", "some experts' weights are transposed and others are not", node)

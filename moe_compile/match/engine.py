@@ -17,7 +17,7 @@ from torch import fx
 
 from ..canonical import Canonical, shape_of, tensor_inputs, value
 from ..spec import NoMatch
-from .facts import Fact, Ids, Leaf, Sum
+from .facts import Fact, Ids, Leaf, Sum, Val
 
 Rule = Callable[["Engine", fx.Node], Any]
 Rules = Mapping[Any, Rule]
@@ -51,6 +51,7 @@ class Miss:
     """A refused step: how far the proof came, and on which routing decision."""
 
     error: NoMatch
+    node: fx.Node
     position: int
     ids: Leaf | None
 
@@ -71,6 +72,7 @@ class Engine:
         self.position: dict[fx.Node, int] = {}
         self.misses: list[Miss] = []
         self.sums: list[tuple[fx.Node, Sum]] = []
+        self.made: dict[Any, fx.Node] = {}  # (input, weights, expression) -> the node that holds its value
         self.ids: dict[fx.Node, fx.Node] = {}  # leaf -> the first node that used it as expert ids
         self._base: dict[fx.Node, fx.Node] = {}
         self._views: dict[fx.Node, list[fx.Node]] = {}
@@ -78,6 +80,8 @@ class Engine:
         self._written: dict[fx.Node, list[int]] = {}
         self.first_facts: dict[fx.Node, Any] = {}
         self._param: dict[fx.Node, bool] = {}
+        self._number: dict[fx.Node, fx.Node] = {}
+        self._values: dict[Any, fx.Node] = {}
 
     # -------------------------------------------------------------------------------------- running
 
@@ -123,6 +127,8 @@ class Engine:
         self.first_facts[node] = fact
         if isinstance(fact, Sum):
             self.sums.append((node, fact))
+        elif isinstance(fact, Val) and fact.slots and fact.rows is None and fact.gate is None:
+            self.made.setdefault((fact.x, fact.slots, fact.expr), node)
 
     def _write(self, target: fx.Node, write: fx.Node, fact: Any) -> None:
         base = self.base(target)
@@ -159,8 +165,35 @@ class Engine:
         return self.facts.get(node) if isinstance(node, fx.Node) else None
 
     def leaf(self, node: fx.Node) -> Leaf:
-        """A node as a border value: its buffer must not be written after this read."""
+        """A node as a border value: its buffer must not be written after this read.
+
+        Equal computations (``w * w`` once per expert) are one border value.
+        """
+        node = self.representative(node)
         return Leaf(node, self._versions.get(self.base(node), 0))
+
+    def representative(self, node: fx.Node) -> fx.Node:
+        """The first node that computes the same from the same values, as long as neither was written."""
+        if node not in self._number:
+            self._number[node] = node
+            if node.op == "call_function" and _is_pure(node.target):
+                key = (node.target, self._key(node.args), self._key(node.kwargs))
+                self._number[node] = self._values.setdefault(key, node)
+        first = self._number[node]
+        return first if first is node or not (self.version(first) or self.version(node)) else node
+
+    def _key(self, args: Any) -> Any:
+        if isinstance(args, fx.Node):
+            return self.representative(args), self.version(args)
+        if isinstance(args, (list, tuple)):
+            return tuple(self._key(a) for a in args)
+        if isinstance(args, dict):
+            return tuple((k, self._key(v)) for k, v in sorted(args.items()))
+        return args if not isinstance(args, slice) else repr(args)
+
+    def leaf_at(self, node: fx.Node) -> Leaf:
+        """``node`` as a border value as it was when it was computed."""
+        return Leaf(node, self.writes_before(node, self.position[node] + 1))
 
     def writes_before(self, node: fx.Node, position: int) -> int:
         """Number of writes to the memory of ``node`` before a position."""
@@ -211,7 +244,7 @@ class Engine:
 
     def miss(self, error: NoMatch, node: fx.Node) -> None:
         """Remember a refusal for the report."""
-        self.misses.append(Miss(error, self.position[node], self._routing_of(node)))
+        self.misses.append(Miss(error, node, self.position[node], self._routing_of(node)))
 
     def _routing_of(self, node: fx.Node) -> Leaf | None:
         for arg in tensor_inputs(node):
@@ -284,6 +317,14 @@ def writes(target: Any) -> bool:
         return False
     info = schema.arguments[0].alias_info
     return info is not None and info.is_write
+
+
+def _is_pure(target: Any) -> bool:
+    """Whether two calls with equal arguments give equal results and touch nothing."""
+    schema = getattr(target, "_schema", None)
+    if schema is None:
+        return getattr(target, "__name__", "") == "getitem"
+    return not schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
 
 
 def _is_getitem_of_view(node: fx.Node) -> bool:

@@ -13,7 +13,7 @@ from ..spec import Activation, Experts, MoE, Weight
 from .activation import activation_of
 from .combine import merge_weights
 from .engine import Engine, aten
-from .facts import Gate, Leaf, Part, RouterWeight, Slot, Sum, Val, Wt, flat_names, refuse, same
+from .facts import Gate, Leaf, Part, RouterWeight, Slot, Sum, Val, Wt, refuse, same
 from .routing import top_k
 from .values import renumber
 
@@ -52,7 +52,7 @@ def build(engine: Engine, output: fx.Node, total: Sum, form: str) -> Found:
     Raises:
         NoMatch: with the first fact that fails.
     """
-    val, gate, weighted_input = _one_expression(total, output)
+    val, weighted_input = _one_expression(total, output)
     ids = _same_routing(total, output)
     router = _router_weight(total, output)
     experts = _experts(engine, val, output)
@@ -81,6 +81,74 @@ def build(engine: Engine, output: fx.Node, total: Sum, form: str) -> Found:
     return Found(moe, Routing(ids, router, val.x), output, total.base, tuple(leaves))
 
 
+def rebased(engine: Engine, total: Sum, node: fx.Node) -> Sum:
+    """The sum with what all experts share (a projection before them) moved out, to the border."""
+    first = total.parts[0].val
+    shared = set(first.slots)
+    for part in total.parts:
+        shared &= set(part.val.slots)
+    shared = {s for s in shared if s.weight.source == "one"}
+    if not shared:
+        return total
+    numbers = {i for i, s in enumerate(first.slots) if s in shared}
+    found: list[Any] = []
+    _shared_inputs(first.expr, numbers, found)
+    if len(found) != 1:
+        raise refuse("MC202", "experts share a weight", node)
+    (expr,) = found
+    used = sorted(_slots_of(expr))
+    place = {old: new for new, old in enumerate(used)}
+    key = (first.x, tuple(first.slots[i] for i in used), renumber(expr, [place.get(i, 0) for i in range(len(first.slots))]))
+    at = engine.made.get(key)
+    if at is None:
+        raise refuse("MC202", "experts share a weight", node)
+    leaf = engine.leaf_at(at)
+    out = []
+    for part in total.parts:
+        theirs: list[Any] = []
+        mine = {i for i, s in enumerate(part.val.slots) if s in shared}
+        _shared_inputs(part.val.expr, mine, theirs)
+        kept = [i for i in range(len(part.val.slots)) if i not in mine]
+        order = [kept.index(i) if i in kept else 0 for i in range(len(part.val.slots))]
+        new = renumber(_substitute(part.val.expr, theirs[0] if theirs else None), order)
+        out.append(replace(part, val=replace(part.val, x=leaf, expr=new, slots=tuple(part.val.slots[i] for i in kept))))
+    return replace(total, parts=tuple(out))
+
+
+def _slots_of(expr: Any) -> set[int]:
+    if expr[0] in ("lin", "bias"):
+        return {expr[1]} | _slots_of(expr[2])
+    if expr[0] == "cut":
+        return _slots_of(expr[4])
+    return set().union(*(_slots_of(a) for a in expr[2])) if expr[0] == "op" else set()
+
+
+def _shared_inputs(expr: Any, shared: set[int], found: list[Any]) -> None:
+    """The largest subexpressions made of shared weights alone."""
+    slots = _slots_of(expr)
+    if not slots:
+        return
+    if slots <= shared:
+        if expr not in found:
+            found.append(expr)
+        return
+    for inner in expr[2] if expr[0] == "op" else (expr[4],) if expr[0] == "cut" else (expr[2],):
+        _shared_inputs(inner, shared, found)
+
+
+def _substitute(expr: Any, inner: Any) -> Any:
+    """``expr`` with ``inner`` as its input."""
+    if expr == inner:
+        return ("x",)
+    if expr[0] in ("lin", "bias"):
+        return (expr[0], expr[1], _substitute(expr[2], inner))
+    if expr[0] == "cut":
+        return (*expr[:4], _substitute(expr[4], inner))
+    if expr[0] == "op":
+        return (expr[0], expr[1], tuple(_substitute(a, inner) for a in expr[2]), expr[3])
+    return expr
+
+
 def _gate_of(part: Part) -> Gate | None:
     return part.gate if part.gate is not None else part.val.gate_in
 
@@ -93,7 +161,7 @@ def expert_of(part: Part) -> int | None:
     return gate.expert if gate is not None else None
 
 
-def _one_expression(total: Sum, node: fx.Node) -> tuple[Val, Gate | None, bool]:
+def _one_expression(total: Sum, node: fx.Node) -> tuple[Val, bool]:
     """All parts as one expression with an ``e`` dimension on every weight."""
     first = total.parts[0]
     inputs = {p.val.gate_in is not None for p in total.parts}
@@ -110,7 +178,7 @@ def _one_expression(total: Sum, node: fx.Node) -> tuple[Val, Gate | None, bool]:
         sources = {s.weight.source for s in val.slots}
         if not sources <= {"axis", "ids"} or len(sources) != 1:
             raise refuse("MC201", f"some weights are not per expert ({', '.join(sorted(sources))})", node)
-        return val, first.gate, weighted_input
+        return val, weighted_input
     if None in experts:
         raise refuse("MC208", "a sum over all experts is mixed with single experts", node)
     order = sorted(range(len(experts)), key=lambda i: experts[i])  # type: ignore[arg-type,return-value]
@@ -139,7 +207,7 @@ def _one_expression(total: Sum, node: fx.Node) -> tuple[Val, Gate | None, bool]:
         for n in range(len(parts[0].val.slots))
     )
     val = replace(parts[0].val, slots=slots, expr=renumber(parts[0].val.expr, list(range(len(slots)))))
-    return val, parts[0].gate, weighted_input
+    return val, weighted_input
 
 
 def _short(ids: list[Any]) -> str:
@@ -461,5 +529,3 @@ def _chosen_from(engine: Engine, node: fx.Node) -> Any:
         return None
     return shape[-1]
 
-
-_ = flat_names

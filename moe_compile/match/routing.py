@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from ..canonical import shape_of, value
-from .engine import Engine, Rules, argument, aten, is_float, is_integer, normal_dim, rank
+from .engine import Engine, Rules, argument, aten, ids_of, is_float, is_integer, normal_dim, rank
 from .facts import (
     Atom,
     Dim,
@@ -36,7 +36,7 @@ from .facts import (
     token_dims,
     unify,
 )
-from .values import lift, weight_leaf, x_rows
+from .values import lift, weight_leaf, x_leaf, x_rows
 
 
 def ids_dims(engine: Engine, node: fx.Node) -> tuple[Leaf, Dims] | None:
@@ -459,7 +459,7 @@ def _index(engine: Engine, node: fx.Node) -> Any:
 
 def _by_rows(engine: Engine, node: fx.Node, source: fx.Node, dim: int, index: Index) -> Any:
     fact = engine.fact(source)
-    if isinstance(fact, (Sum, Filled)) and dim == 0 and names_token(engine, index):
+    if isinstance(fact, (Sum, Filled)) and dim == 0 and names_token(engine, index) and ids_of(fact) in (None, index.rows.ids):
         return Picked(
             (index.dims[0], (Atom("f", shape_of(source)[-1]),)), engine.base(source), engine.version(source), index.rows
         )
@@ -467,10 +467,10 @@ def _by_rows(engine: Engine, node: fx.Node, source: fx.Node, dim: int, index: In
         return _flat_weight(engine, node, source, index)
     if not names_token(engine, index) or not same(shape_of(source)[dim], token_count(engine, index.rows.ids)):
         return None
-    if fact is None:
-        val = x_rows(engine, source)
-        return pick(val, dim, index, node) if val is not None and val.expr == ("x",) else None
-    return pick(fact, dim, index, node) if isinstance(fact, (Val, Gate)) else None
+    if isinstance(fact, Gate):
+        return pick(fact, dim, index, node)
+    val = x_rows(engine, source)
+    return pick(val, dim, index, node) if val is not None else None
 
 
 def _by_mask(engine: Engine, node: fx.Node, source: fx.Node, mask: Gate) -> Any:
@@ -481,7 +481,7 @@ def _by_mask(engine: Engine, node: fx.Node, source: fx.Node, mask: Gate) -> Any:
     row: Dim = (Atom("r", shape_of(node)[0]),)
     fact = engine.fact(source)
     shape = shape_of(source)
-    if isinstance(fact, (Sum, Filled)) and "k" not in flat_names(mask.dims):
+    if isinstance(fact, (Sum, Filled)) and "k" not in flat_names(mask.dims) and ids_of(fact) in (None, mask.ids):
         return Picked((row, (Atom("f", shape[-1]),)), engine.base(source), engine.version(source), rows)
     if fact is None and "k" in flat_names(mask.dims) and n == len(shape):
         gate = Gate(mask.dims, mask.ids, expert=mask.expert)
@@ -489,23 +489,11 @@ def _by_mask(engine: Engine, node: fx.Node, source: fx.Node, mask: Gate) -> Any:
         return None if weight is None else replace(gate, dims=(row,), weight=weight, rows=rows, summed=True)
     if isinstance(fact, Gate) and names(fact.dims[:n]) == names(mask.dims) and fact.rows is None:
         return replace(fact, dims=(row, *fact.dims[n:]), rows=rows)
-    if fact is None and "k" not in flat_names(mask.dims):
+    if "k" not in flat_names(mask.dims) and not isinstance(fact, (Gate, Wt)):
         val = x_rows(engine, source)
-        if val is not None and val.expr == ("x",) and names(val.dims[:n]) == names(mask.dims):
+        if val is not None and names(val.dims[:n]) == names(mask.dims):
             return replace(val, dims=(row, *val.dims[n:]), rows=rows)
-        if is_float(source) and rank(source) == n + 1:
-            # Router weights [t, k] of the picked tokens.
-            ids_k = top_k(engine, mask.ids)
-            if same(shape[-1], ids_k) and not same(ids_k, 1):
-                return _TokenWeights((row, (Atom("k", ids_k),)), rows, RouterWeight(engine.flat_leaf(source)), mask.ids)
     return None
-
-
-class _TokenWeights:
-    """The router weights ``[r, k]`` of the tokens of some rows, before a slot is chosen."""
-
-    def __init__(self, dims: Dims, rows: Rows, weight: RouterWeight, ids: Leaf) -> None:
-        self.dims, self.rows, self.weight, self.ids = dims, rows, weight, ids
 
 
 def _pair_weight(engine: Engine, node: fx.Node, source: fx.Node, token: Index, slot: Index) -> Any:
@@ -534,8 +522,9 @@ def _flat_weight(engine: Engine, node: fx.Node, source: fx.Node, index: Index) -
         if same(shape_of(source)[0], token_count(engine, ids) * k):
             dims = (index.dims[0], *(() for _ in shape_of(source)[1:]))
             return Gate(dims, ids, weight=RouterWeight(engine.flat_leaf(source)), summed=True, rows=index.rows)
-    val = x_rows(engine, source) if fact is None or isinstance(fact, Val) else None
-    if val is not None and val.expr == ("x",) and val.rows is None and len(val.dims) == 2:
+    val = fact if isinstance(fact, Val) and fact.expr == ("x",) else None
+    val = lift(engine, source, x_leaf) if fact is None else val
+    if isinstance(val, Val) and val.rows is None and len(val.dims) == 2:
         label = val.dims[0]
         if len(label) >= 2 and label[-1].name == "*" and is_token(label[:-1]):
             return replace(val, dims=(index.dims[0], val.dims[1]), rows=index.rows)

@@ -40,12 +40,15 @@ _PEELED = VIEWS | _SPREADS | {aten.clone.default, aten._unsafe_view.default}
 
 
 def lift(engine: Engine, node: fx.Node, base: Any) -> Any:
-    """The fact of a node without one: ``base(engine, leaf_node)`` at its root, then the views on the way back."""
+    """The fact of a node without one: ``base(engine, leaf_node)`` at its root, then the views on the way back.
+
+    The value of an earlier layer or projection is a root too: what it means there does not matter here.
+    """
     known = engine.fact(node)
-    if known is not None:
+    if known is not None and not is_opaque(known):
         return known
     source = node.args[0] if node.args else None
-    if node.target in _PEELED and isinstance(source, fx.Node):
+    if node.target in _PEELED and isinstance(source, fx.Node) and (known is None or is_opaque(engine.fact(source))):
         inner = lift(engine, source, base)
         if inner is not None and not isinstance(inner, list):
             engine.facts[source], before = inner, engine.facts.get(source)
@@ -54,9 +57,16 @@ def lift(engine: Engine, node: fx.Node, base: Any) -> Any:
             finally:
                 if before is None:
                     del engine.facts[source]
+                else:
+                    engine.facts[source] = before
             if outer is not None and not isinstance(outer, list) and _spread(outer, inner):
                 return outer
     return base(engine, node)
+
+
+def is_opaque(fact: Any) -> bool:
+    """A finished value of its own: the sum of another layer, or a linear map that all experts share."""
+    return isinstance(fact, Sum) or isinstance(fact, Val) and bool(fact.slots) and fact.rows is None and fact.gate is None
 
 
 def _spread(outer: Any, inner: Any) -> bool:
@@ -171,7 +181,7 @@ def contract(
         found = weighted_sum(engine, node, b, b_labels, a, a_labels, out_labels)
         if found is not None:
             return found
-    if isinstance(fa, (Gate, Sum)) or isinstance(fb, (Gate, Sum)):
+    if isinstance(fa, Gate) or isinstance(fb, Gate):
         return None
     if _is_weight(engine, a, fa, fb) and not _is_weight(engine, b, fb, fa):
         a, a_labels, fa, b, b_labels, fb = b, b_labels, fb, a, a_labels, fa
@@ -197,7 +207,7 @@ def _linear(engine: Engine, node: fx.Node) -> Any:
     assert isinstance(x, fx.Node) and isinstance(w, fx.Node)
     labels = "abcdefgh"[: rank(x) - 1]
     fx_, fw = engine.fact(x), engine.fact(w)
-    if isinstance(fx_, (Gate, Sum)):
+    if isinstance(fx_, Gate):
         return None
     val = fx_ if isinstance(fx_, Val) else lift(engine, x, x_leaf)
     weight = fw if isinstance(fw, Wt) else lift(engine, w, weight_leaf)
@@ -365,9 +375,9 @@ def _add(engine: Engine, node: fx.Node) -> Any:
 def x_rows(engine: Engine, node: fx.Node) -> Val | None:
     """``node`` as expert input: its fact, or a border value seen through spreading views."""
     fact = engine.fact(node)
-    if isinstance(fact, Val):
+    if isinstance(fact, Val) and fact.expr == ("x",):
         return fact
-    found = lift(engine, node, x_leaf) if fact is None else None
+    found = lift(engine, node, x_leaf) if fact is None or is_opaque(fact) else None
     return found if isinstance(found, Val) else None
 
 

@@ -46,6 +46,8 @@ def cast(engine: Engine, node: fx.Node) -> Fact | None:
         return None
     if isinstance(fact, (Val, Sum)):
         return fact if out.dtype in FLOATS else None
+    if isinstance(fact, Wt):  # weights in another precision are other weights
+        return fact if out.dtype == value(node.args[0]).dtype else None  # type: ignore[arg-type]
     if isinstance(fact, Gate):
         if fact.weight is not None and out.dtype not in FLOATS:
             return None

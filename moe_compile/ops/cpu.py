@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, lru_cache, partial
-from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -195,22 +194,29 @@ def _route(topk_ids: Tensor, experts: int) -> Routing:
                 segments.append((expert, pairs, pairs + count))
                 pairs += count
         return Routing(order[:pairs], order[:pairs] // top_k, _invert(order, pairs), segments)
-    ids = topk_ids.reshape(-1).tolist()
-    rank = sorted((p for p in range(total) if 0 <= ids[p] < experts), key=ids.__getitem__)
-    position = [len(rank)] * total
+    pairs_of: dict[int, list[int]] = {}
+    for pair, expert in enumerate(topk_ids.reshape(-1).tolist()):
+        if 0 <= expert < experts:
+            pairs_of.setdefault(expert, []).append(pair)
+    rank: list[int] = []
+    for expert, chosen in sorted(pairs_of.items()):
+        segments.append((expert, len(rank), len(rank) + len(chosen)))
+        rank += chosen
+    pairs = len(rank)
+    position = [pairs] * total
     for row, pair in enumerate(rank):
         position[pair] = row
-    for expert, group in groupby(rank, ids.__getitem__):
-        start, pairs = pairs, pairs + len(list(group))
-        segments.append((expert, start, pairs))
-    token = [pair // top_k for pair in rank]
-    flat = torch.tensor(rank + token + position, dtype=torch.int64)  # one tensor costs less than three
-    return Routing(flat[:pairs], flat[pairs : 2 * pairs], flat[2 * pairs :], segments)
+    flat = rank + [pair // top_k for pair in rank] + position  # one tensor costs less than three
+    order, token, rows = torch.tensor(flat, dtype=torch.int64).split_with_sizes([pairs, pairs, total])
+    return Routing(order, token, rows, segments)
 
 
 def _blocks(segments: list[Segment], row_bytes: int) -> Iterator[tuple[int, int, list[Segment]]]:
     """Cut segments into ``(start, end, runs)``, where runs count rows from ``start``."""
     limit = BLOCK_BYTES // row_bytes  # rows of several experts together
+    if segments and segments[-1][2] <= limit:
+        yield 0, segments[-1][2], segments
+        return
     step = max(SPLIT_ROWS, limit)  # rows of one expert
     runs: list[Segment] = []
     start = 0

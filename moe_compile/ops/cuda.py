@@ -164,7 +164,8 @@ def _operand(role: str, parts: Sequence[Tensor], dims: int, like: Tensor) -> Ope
     """A role that fits, as the kernels take it; None where it is absent."""
     if not parts:
         return None
-    _check_device(like, **{role: parts[0]})
+    if parts[0].device != like.device:
+        _check_device(like, **{role: parts[0]})
     operand: Callable[..., Operand] = _kernel("operand", "Operand")
     if parts[0].dim() == dims + 1:
         return operand(parts)

@@ -104,3 +104,20 @@ def _combine(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     return rows.new_empty(rows.shape[0] // top_k, rows.shape[1], dtype=out_dtype or rows.dtype)
+
+
+def _no_backward(name: str) -> None:
+    def setup(ctx: object, inputs: object, output: object) -> None:
+        """Nothing is saved."""
+
+    def backward(ctx: object, *grads: Tensor) -> None:
+        raise RuntimeError(
+            f"torch.ops.{NAMESPACE}.{name} has no backward yet: call it under torch.no_grad(), "
+            "or keep the original program where gradients are needed"
+        )
+
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup, lib=library)
+
+
+for _name in ("experts", "grouped_linear", "combine"):
+    _no_backward(_name)

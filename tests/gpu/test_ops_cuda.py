@@ -71,9 +71,18 @@ def check(case: Layer, path: str | None = None) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", list(FLOOR))
 @pytest.mark.parametrize(
     ("T", "E", "K", "H", "I"),
-    [(1, 8, 2, 256, 512), (2, 16, 4, 192, 96), (7, 5, 5, 127, 61), (33, 17, 3, 360, 88), (150, 8, 2, 256, 384)],
+    [
+        (1, 8, 2, 256, 512),
+        (2, 16, 4, 192, 96),
+        (7, 5, 5, 127, 61),
+        (33, 17, 3, 360, 88),
+        (150, 8, 2, 256, 384),
+        (4, 3, 2, 1, 1),
+    ],
 )
-def test_paths(path: str, dtype: torch.dtype, T: int, E: int, K: int, H: int, I: int, taken: list[str]) -> None:
+def test_paths(
+    path: str, dtype: torch.dtype, T: int, E: int, K: int, H: int, I: int, taken: list[str]
+) -> None:
     case = layer(T, E, K, H, I, dtype=dtype, routing="sentinels")
     first = check(case, path)
     assert taken == [path]
@@ -96,7 +105,7 @@ def test_chosen_path(T: int, taken: list[str]) -> None:
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("T", [2, 40, 1200])
 def test_storage(path: str, layout: str, transposed: bool, T: int) -> None:
-    if path == "gemv" and (transposed or T > 2) or path == "decode" and T > 100:
+    if (path == "gemv" and (transposed or T > 2)) or (path == "decode" and T > 100):
         pytest.skip("not a case of this path")
     form = {"bias": True, "routing": "sentinels", "dtype": torch.bfloat16, "transposed": transposed}
     stacked = layer(T, 6, 3, 320, 176, GPT_OSS, layout, **form)
@@ -115,11 +124,18 @@ def test_activations(path: str, name: str, gated: bool) -> None:
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("routing", ["one", "nobody", "distinct", "random"])
 def test_routing(path: str, routing: str) -> None:
-    case = layer(48, 8, 4, 256, 128, dtype=torch.float16, routing=routing, weight_on_input=True)
+    case = layer(48, 8, 4, 256, 128, dtype=torch.float16, routing=routing)
     if routing == "nobody":
         assert not run(case, path).any()
     else:
         check(case, path)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("layout", ["concat", "interleaved", "separate"])
+def test_weight_on_input(path: str, layout: str) -> None:
+    case = layer(9, 8, 2, 256, 128, layout=layout, dtype=torch.bfloat16, bias=True, weight_on_input=True)
+    assert relative_error(run(case, path), case.truth()) < 8e-3
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 3000])
@@ -191,7 +207,8 @@ def test_no_synchronisation() -> None:
     cases = [layer(T, 8, 2, 128, 64, dtype=torch.bfloat16, separate=True) for T in (1, 32, 500)]
     for case in cases:
         run(case)
-    fresh = layer(32, 8, 2, 128, 64, dtype=torch.bfloat16, separate=True)  # its tables are built under the watch
+    # the tables of this one are built under the watch
+    fresh = layer(32, 8, 2, 128, 64, dtype=torch.bfloat16, separate=True)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for case in (*cases, fresh):

@@ -1,0 +1,103 @@
+"""Compile the launches of a few layers for sm_90a without a GPU: ``python compile_sm90.py [case ...]``.
+
+Every launcher runs as it is, on tensors without memory; only the last step, the launch, is left out. Prints
+one line per kernel: layer, kernel, shared memory in bytes, count of tensor-core instructions.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from moe_compile.kernels import combine, experts, grouped
+from moe_compile.kernels.activation import Epilogue
+from moe_compile.kernels.config import select
+from moe_compile.kernels.operand import Operand
+from moe_compile.kernels.tile import Projection
+
+INF = float("inf")
+SILU, GPT_OSS = (1.0, INF, INF, INF, 0.0), (1.702, 7.0, 7.0, INF, 1.0)
+CASES: dict[str, dict[str, Any]] = {
+    "gemv": {"T": 1, "shape": (128, 8, 2048, 768)},
+    "decode": {"T": 16, "shape": (8, 2, 4096, 14336)},
+    "sorted": {"T": 512, "shape": (128, 8, 2048, 768), "separate": True},
+    "prefill": {"T": 16384, "shape": (32, 4, 2880, 2880), "layout": "interleaved", "args": GPT_OSS},
+    "one": {"T": 4, "shape": (3, 2, 1, 1)},
+}
+
+
+class Driver:
+    """As much of a CUDA driver as compiling needs."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+def compile_only(label: str) -> None:
+    original = JITFunction.run
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        kernel = original(self, *args, grid=grid, warmup=True, **kwargs)
+        ptx = kernel.asm["ptx"]
+        tensor_core = ptx.count("wgmma.mma_async") + ptx.count("mma.sync.aligned.m16")
+        print(label, self.__name__, kernel.metadata.shared, tensor_core, flush=True)
+
+    JITFunction.run = run
+
+
+def layer(
+    T: int,
+    shape: tuple[int, int, int, int],
+    separate: bool = False,
+    layout: str = "concat",
+    args: tuple[float, float, float, float, float] = SILU,
+) -> None:
+    E, K, H, I = shape
+
+    def empty(*size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(*size, dtype=dtype, device="meta")
+
+    def weight(*size: int) -> Operand:
+        w = empty(E, *size)
+        return Operand([w[0]] * E, empty(E, dtype=torch.int64), True) if separate else Operand([w])
+
+    up = Projection(weight(2 * I, H), I, Epilogue("silu", args, layout), b=weight(2 * I))
+    down = Projection(weight(H, I), H, b=weight(H))
+    ids, weights = empty(T, K, dtype=torch.int64), empty(T, K, dtype=torch.float32)
+    experts.run(empty(T, H), weights, ids, E, up, down)
+
+
+def pieces() -> None:
+    """The public ops that a whole layer does not launch."""
+    rows = torch.empty(500, 64, dtype=torch.bfloat16, device="meta")
+    offsets = torch.empty(9, dtype=torch.int32, device="meta")
+    weight = Operand([torch.empty(8, 96, 64, dtype=torch.bfloat16, device="meta")])
+    plan = select("sorted", 500, 1, 8, 96, 64, 2).down
+    grouped.grouped_linear(rows, offsets, Projection(weight, 96), plan)
+    combine.invert(torch.empty(500, dtype=torch.int32, device="meta"))
+
+
+if __name__ == "__main__":
+    driver.set_active(Driver())
+    print("triton", triton.__version__)
+    for name in sys.argv[1:] or CASES:
+        original_run = JITFunction.run
+        compile_only(name)
+        layer(**CASES[name])
+        JITFunction.run = original_run
+    compile_only("pieces")
+    pieces()

@@ -1,0 +1,29 @@
+"""The launches compile for an H200 without one (the interpreter accepts much that the compiler refuses)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+H200_SHARED_BYTES = 227 * 1024
+
+
+@pytest.mark.slow
+def test_sm90() -> None:
+    script = Path(__file__).with_name("compile_sm90.py")
+    env = {**os.environ, "TRITON_INTERPRET": "0"}
+    result = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    lines = [line.split() for line in result.stdout.splitlines()[1:]]
+    assert {line[1] for line in lines} == {
+        "gemv_up_kernel", "gemv_down_kernel", "decode_kernel", "count_kernel", "place_kernel",
+        "grouped_kernel", "combine_kernel", "tiles_kernel", "invert_kernel",
+    }  # fmt: skip
+    for _case, kernel, shared, tensor_core in lines:
+        assert int(shared) <= H200_SHARED_BYTES
+        if kernel in ("decode_kernel", "grouped_kernel"):
+            assert int(tensor_core) > 0
