@@ -134,7 +134,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Experts on CPU against transformers' grouped_mm, both compiled.")
+    parser = argparse.ArgumentParser(description="Experts on CPU against grouped_mm of transformers, compiled.")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cpu.json")
     parser.add_argument("--seconds", type=float, default=4.0, help="timing budget of each case")
     options = parser.parse_args()

@@ -16,10 +16,10 @@ import torch
 from torch import fx
 
 from . import capture, huggingface, ops, torch_compat
-from .verify import compare_first_call
 from .config import Options, enabled, split_options
-from .rewrite import Result, analyse_graph, rewrite_graph
 from .report import REFUSED, Site, record
+from .rewrite import Result, analyse_graph, rewrite_graph
+from .verify import compare_first_call
 
 log = logging.getLogger("moe_compile.backend")
 

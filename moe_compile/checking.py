@@ -136,9 +136,7 @@ def _reference(
     model: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], original: Run
 ) -> tuple[Run, str]:
     for dtype in (torch.float64, torch.float32):
-        if dtype == torch.float32 and all(
-            t.dtype != torch.bfloat16 for t in all_tensors(args, kwargs, model)
-        ):
+        if dtype == torch.float32 and all(t.dtype != torch.bfloat16 for t in all_tensors(args, kwargs, model)):
             break
         precise = _precise(model, dtype) if isinstance(model, nn.Module) else model
         try:

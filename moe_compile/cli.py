@@ -50,12 +50,8 @@ def _parser() -> argparse.ArgumentParser:
         if name == "explain":
             sub.add_argument("--html", metavar="FILE", help="write the report as a page, too")
     bench = command("bench", _bench, "time a naive MoE layer: eager, torch.compile, moe_compile")
-    bench.add_argument(
-        "--layer", type=_sizes, default=(8, 2, 256, 512), metavar="E,K,H,I", help="default 8,2,256,512"
-    )
-    bench.add_argument(
-        "--tokens", type=_numbers, default=[1, 16, 128], metavar="N,N,..", help="default 1,16,128"
-    )
+    bench.add_argument("--layer", type=_sizes, default=(8, 2, 256, 512), metavar="E,K,H,I", help="default 8,2,256,512")
+    bench.add_argument("--tokens", type=_numbers, default=[1, 16, 128], metavar="N,N,..", help="default 1,16,128")
     bench.add_argument("--dtype", choices=DTYPES, help="default bfloat16 on a GPU, else float32")
     command("doctor", _doctor, "show what is installed and test that it works")
     return parser
@@ -103,9 +99,7 @@ def load_target(target: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         raise UsageError(f"{path!r} has no function {name!r}")
     made = function()
     if not isinstance(made, tuple) or len(made) not in (2, 3) or not callable(made[0]):
-        raise UsageError(
-            f"{name} must return (model, args) or (model, args, kwargs), got {type(made).__name__}"
-        )
+        raise UsageError(f"{name} must return (model, args) or (model, args, kwargs), got {type(made).__name__}")
     model, args = made[:2]
     kwargs = dict(made[2]) if len(made) == 3 else {}
     return model, tuple(args) if isinstance(args, (tuple, list)) else (args,), kwargs

@@ -151,9 +151,7 @@ def compare(
             good = not problem
             problems += [problem] if problem else []
         elif not good:
-            problems.append(
-                f"output {i} {list(o.shape)} {o.dtype}: error {error_ours:.2e} > limit {limit:.2e}"
-            )
+            problems.append(f"output {i} {list(o.shape)} {o.dtype}: error {error_ours:.2e} > limit {limit:.2e}")
         ok = ok and good
         difference = (u.double() - o.double())[finite]
         max_abs = max(max_abs, float(difference.abs().max()) if difference.numel() else 0.0)
@@ -169,13 +167,11 @@ def _shape_problem(i: int, ours: Tensor, original: Tensor) -> str:
     if original.is_floating_point():
         odd_ours = torch.where(torch.isfinite(ours), 0, ours)  # NaN and infinities, at their places
         odd_original = torch.where(torch.isfinite(original), 0, original)
-        if not torch.equal(
-            torch.nan_to_num(odd_ours, nan=1.0), torch.nan_to_num(odd_original, nan=1.0)
-        ) or not (torch.equal(torch.isnan(ours), torch.isnan(original))):
+        if not torch.equal(torch.nan_to_num(odd_ours, nan=1.0), torch.nan_to_num(odd_original, nan=1.0)) or not (
+            torch.equal(torch.isnan(ours), torch.isnan(original))
+        ):
             count = int((~torch.isfinite(ours)).sum())
-            return (
-                f"output {i}: {count} values are NaN or infinite where the original's are not, or the reverse"
-            )
+            return f"output {i}: {count} values are NaN or infinite where the original's are not, or the reverse"
     return ""
 
 

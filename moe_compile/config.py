@@ -58,9 +58,7 @@ class Options:
             if field.name == "experts":
                 _check_experts(value)
             elif not isinstance(value, bool):
-                raise OptionError(
-                    f"option {field.name!r} takes True or False, got {value!r} ({type(value).__name__})"
-                )
+                raise OptionError(f"option {field.name!r} takes True or False, got {value!r} ({type(value).__name__})")
 
     @staticmethod
     def resolve(overrides: Mapping[str, Any] | None = None) -> Options:
@@ -144,8 +142,7 @@ def _nearest(name: str) -> str:
 def _check_experts(value: object) -> None:
     if value == "deepgemm":
         raise OptionError(
-            "option 'experts': 'deepgemm' is not supported in this version; "
-            f"allowed: {', '.join(map(repr, EXPERTS))}"
+            f"option 'experts': 'deepgemm' is not supported in this version; allowed: {', '.join(map(repr, EXPERTS))}"
         )
     if value not in EXPERTS:
         close = difflib.get_close_matches(str(value).lower(), EXPERTS, n=1)

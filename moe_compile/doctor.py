@@ -58,14 +58,9 @@ def as_rows(found: list[Finding]) -> list[dict[str, str]]:
 def as_text(found: list[Finding]) -> str:
     """Findings as aligned text with a verdict."""
     width = max(len(f.name) for f in found)
-    lines = [
-        f"{f.status:4}  {f.name:{width}}  {f.text}" + (f"\n      fix: {f.fix}" if f.fix else "")
-        for f in found
-    ]
+    lines = [f"{f.status:4}  {f.name:{width}}  {f.text}" + (f"\n      fix: {f.fix}" if f.fix else "") for f in found]
     bad = sum(f.status == BAD for f in found)
-    return "\n".join(
-        [*lines, f"moe_compile doctor: {bad} problem(s)" if bad else "moe_compile doctor: all well"]
-    )
+    return "\n".join([*lines, f"moe_compile doctor: {bad} problem(s)" if bad else "moe_compile doctor: all well"])
 
 
 def _version(package: str) -> str | None:
@@ -91,15 +86,11 @@ def _versions() -> list[Finding]:
     if triton is not None or not torch.cuda.is_available():
         out.append(Finding("triton", OK if triton else NOTE, triton or "not installed (only GPUs need it)"))
     else:
-        out.append(
-            Finding("triton", BAD, "not installed, so no kernel can run on the GPU", "pip install triton")
-        )
+        out.append(Finding("triton", BAD, "not installed, so no kernel can run on the GPU", "pip install triton"))
     out.append(
         Finding("transformers", OK, transformers)
         if transformers
-        else Finding(
-            "transformers", NOTE, "not installed", "pip install 'moe-compile[hf]' for Hugging Face models"
-        )
+        else Finding("transformers", NOTE, "not installed", "pip install 'moe-compile[hf]' for Hugging Face models")
     )
     return out
 
@@ -107,17 +98,11 @@ def _versions() -> list[Finding]:
 def _entry_point() -> list[Finding]:
     if "moe_compile" in torch.compiler.list_backends():
         return [Finding("backend", OK, 'torch.compile(model, backend="moe_compile") finds the entry point')]
-    return [
-        Finding(
-            "backend", BAD, "the entry point is not installed", "pip install moe-compile, or pip install -e ."
-        )
-    ]
+    return [Finding("backend", BAD, "the entry point is not installed", "pip install moe-compile, or pip install -e .")]
 
 
 def _compiler() -> list[Finding]:
-    compiler = next(
-        (c for c in (os.environ.get("CXX"), "g++", "clang++", "cl") if c and shutil.which(c)), None
-    )
+    compiler = next((c for c in (os.environ.get("CXX"), "g++", "clang++", "cl") if c and shutil.which(c)), None)
     if compiler:
         return [Finding("C++ compiler", OK, compiler)]
     needed = "torch.compile needs it on the CPU"

@@ -68,9 +68,7 @@ class _Tracer:
         return forward
 
 
-def _trace(
-    tracer: _Tracer, model: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
-) -> Exception | None:
+def _trace(tracer: _Tracer, model: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Exception | None:
     """Run under Dynamo and record its graph breaks; the exception if a program that runs eagerly fails."""
     torch_breaks.reset()
     failure: Exception | None = None

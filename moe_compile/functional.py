@@ -144,16 +144,12 @@ def _check_kinds(tensors: dict[str, Tensor], out_dtype: torch.dtype | None) -> N
             )
         if name in ("topk_ids", "expert_map"):
             if t.dtype not in INTS:
-                raise ArgumentError(
-                    f"{name} has dtype {t.dtype}, needed int32 or int64; use {name}.to(torch.int64)"
-                )
+                raise ArgumentError(f"{name} has dtype {t.dtype}, needed int32 or int64; use {name}.to(torch.int64)")
         elif t.dtype not in FLOATS:
             raise ArgumentError(f"{name} has dtype {t.dtype}, needed one of {', '.join(map(str, FLOATS))}")
         # Under autocast the op casts its operands itself, as torch's own linear does.
         elif t.dtype != x.dtype and name != "topk_weights" and not torch.is_autocast_enabled(x.device.type):
-            raise ArgumentError(
-                f"{name} has dtype {t.dtype}, hidden_states {x.dtype}; cast one, or use torch.autocast"
-            )
+            raise ArgumentError(f"{name} has dtype {t.dtype}, hidden_states {x.dtype}; cast one, or use torch.autocast")
     if out_dtype is not None and out_dtype not in FLOATS:
         raise ArgumentError(f"out_dtype {out_dtype} is not one of {', '.join(map(str, FLOATS))}")
 
@@ -166,9 +162,7 @@ def _check_shapes(tensors: dict[str, Tensor], act: Activation, interleaved: bool
     if interleaved and (w3 is not None or not act.gated):
         raise ArgumentError("interleaved needs gate and up rows in one w1: a gated activation and no w3")
     if "b3" in tensors and w3 is None:
-        raise ArgumentError(
-            "b3 is the bias of w3, which is absent; a fused w1 takes its whole bias as b1 [E, 2I]"
-        )
+        raise ArgumentError("b3 is the bias of w3, which is absent; a fused w1 takes its whole bias as b1 [E, 2I]")
     _bind(sizes, "hidden_states", tensors["hidden_states"], "T H")
     _bind(sizes, "topk_ids", tensors["topk_ids"], "T K")
     _bind(sizes, "topk_weights", tensors["topk_weights"], "T K")
@@ -190,9 +184,7 @@ def _check_shapes(tensors: dict[str, Tensor], act: Activation, interleaved: bool
         if sizes[dim] < 1:
             raise ArgumentError(f"{dim} is {sizes[dim]}; only T may be 0")
     if sizes["K"] > experts:
-        raise ArgumentError(
-            f"topk_ids chooses K={sizes['K']} experts per token, but there are only {experts}"
-        )
+        raise ArgumentError(f"topk_ids chooses K={sizes['K']} experts per token, but there are only {experts}")
 
 
 def _bind(sizes: dict[str, int], name: str, t: Tensor, dims: str) -> None:

@@ -61,9 +61,7 @@ def _experts(
     interleaved: bool = False,
 ) -> Experts:
     custom_or_none = custom if activation is None else None
-    return Experts(
-        *sizes, w1=w1, w2=w2, w3=w3, activation=activation, interleaved=interleaved, custom=custom_or_none
-    )
+    return Experts(*sizes, w1=w1, w2=w2, w3=w3, activation=activation, interleaved=interleaved, custom=custom_or_none)
 
 
 class Dbrx(Family):
@@ -322,9 +320,7 @@ FAMILIES: dict[str, Family] = {
     f"{_MODELS}.llama4.modeling_llama4.Llama4TextMoe": Llama4(),
     f"{_MODELS}.jetmoe.modeling_jetmoe.JetMoeMoE": JetMoe(),
     f"{_MODELS}.longcat_flash.modeling_longcat_flash.LongcatFlashExperts": LongcatFlash(),
-    f"{_MODELS}.switch_transformers.modeling_switch_transformers.SwitchTransformersExperts": (
-        SwitchTransformers()
-    ),
+    f"{_MODELS}.switch_transformers.modeling_switch_transformers.SwitchTransformersExperts": (SwitchTransformers()),
     f"{_MODELS}.nllb_moe.modeling_nllb_moe.NllbMoeExperts": Refused(
         "MC209", "transformers applies one_hot to a one-hot mask here: a true top-2 sum would change results"
     ),

@@ -148,9 +148,7 @@ class Stacked(Family):
             if getattr(module, name, None) is None:
                 raise NoMatch("MC206", f"{type(module).__name__} declares {name} but does not hold it")
         require_plain(module, *(getattr(module, name) for name in names))
-        if self._flag(module, "has_post_expert_norm") and not callable(
-            getattr(module, "post_expert_norm", None)
-        ):
+        if self._flag(module, "has_post_expert_norm") and not callable(getattr(module, "post_expert_norm", None)):
             raise NoMatch("MC303", f"{type(module).__name__} declares a post-expert norm but holds none")
         up, down = getattr(module, names[0]), module.down_proj
         if up.dim() != 3 or down.dim() != 3:

@@ -56,9 +56,7 @@ def local(ctx: Any, name: str) -> Any:
     if hasattr(variable, "realize"):
         variable = variable.realize()
     if hasattr(variable, "module_key"):  # inline_inbuilt_nn_modules=False
-        return ctx._i_will_not_complain_if_bc_breaks_InstructionTranslator().output.get_submodule(
-            variable.module_key
-        )
+        return ctx._i_will_not_complain_if_bc_breaks_InstructionTranslator().output.get_submodule(variable.module_key)
     return variable.value if hasattr(variable, "value") else variable.as_python_constant()
 
 

@@ -12,17 +12,17 @@ from __future__ import annotations
 import hashlib
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import fx
 
-from . import patterns
 from .backend import attempt
 from .config import Options, enabled
+from .patterns import FORMS
 from .torch_compat import CustomGraphPass
 
 
-class MoEPass(CustomGraphPass):
+class MoEPass(CustomGraphPass):  # type: ignore[misc]
     """An Inductor graph pass that replaces every proved MoE layer of an inference graph.
 
     Args:
@@ -38,7 +38,7 @@ class MoEPass(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         """Rewrite ``graph`` in place; without anything to rewrite it stays as it is."""
         if enabled():
-            attempt(graph.owning_module, self.options)
+            attempt(cast(fx.GraphModule, graph.owning_module), self.options)
 
     def uuid(self) -> str:
         """Identity of the rewrite for Inductor's caches."""
@@ -49,7 +49,7 @@ class MoEPass(CustomGraphPass):
 def source_hash() -> str:
     """SHA-256 over every Python file of the package."""
     digest = hashlib.sha256()
-    for root in (Path(__file__).parent, Path(patterns.__file__).parent):
+    for root in (Path(__file__).parent, Path(FORMS[0].__file__).parent):
         for path in sorted(root.rglob("*.py")):
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]

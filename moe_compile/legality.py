@@ -72,11 +72,13 @@ def _nothing_used_outside(engine: Engine, found: Found, nodes: set[fx.Node]) -> 
             if user in nodes or is_size_check(user):
                 continue
             inner = engine.first_facts.get(node)
-            if node is found.output or (engine.base(node) is base and _whole(node, base) and engine.position[user] > end):
+            if node is found.output:
+                continue
+            if engine.base(node) is base and _whole(node, base) and engine.position[user] > end:
                 continue
             if isinstance(inner, Val) and not inner.slots:
                 continue
-            if isinstance(inner, (Val, Sum, Picked)) or inner is None and _is_heavy(node):
+            if isinstance(inner, (Val, Sum, Picked)) or (inner is None and _is_heavy(node)):
                 raise refuse("MC203", f"{node.name}, inside the layer, is also used by {user.name}", user)
             if writes(node.target):
                 raise refuse("MC204", f"{node.name} is written in place and used outside the layer", user)
@@ -156,4 +158,3 @@ def _needs_gradient(engine: Engine, node: fx.Node) -> bool:
 def describe(leaf: Leaf) -> str:
     """A border value for a message: its name and shape."""
     return f"{leaf.node.name} {tuple(shape_of(leaf.node))}"
-

@@ -12,8 +12,9 @@ from torch import fx
 from .canonical import Canonical, shape_of, value
 from .legality import Region, is_size_check
 from .match.engine import writes
+from .match.expert import Handle
 from .match.facts import Leaf, refuse, same
-from .match.layer import Found, Handle
+from .match.layer import Found
 from .spec import Weight
 
 
@@ -147,7 +148,9 @@ def shape_is_restorable(found: Found) -> None:
     x_shape, out_shape = shape_of(found.moe.hidden_states.node), shape_of(found.output)
     alike = len(out_shape) == len(x_shape) and all(same(a, b) for a, b in zip(out_shape, x_shape, strict=True))
     if len(out_shape) != 2 and not alike:
-        raise refuse("MC207", f"the result has shape {tuple(out_shape)}, the hidden states {tuple(x_shape)}", found.output)
+        raise refuse(
+            "MC207", f"the result has shape {tuple(out_shape)}, the hidden states {tuple(x_shape)}", found.output
+        )
 
 
 def _router(c: _Cursor, p: Plan, ids: fx.Node) -> fx.Node:

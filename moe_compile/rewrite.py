@@ -12,7 +12,7 @@ from torch import fx
 
 from . import legality, lower, report, torch_compat
 from .canonical import Canonical, canonicalise
-from .match import combine, routing, values, views
+from .match import combine, routing, rows, stack, values, views
 from .match.engine import Engine, Miss, Rule, ids_of
 from .match.facts import Leaf, Sum, Val
 from .match.layer import Found, rebased
@@ -22,7 +22,11 @@ from .spec import NoMatch
 
 topk = torch.ops.aten.topk.default
 log = logging.getLogger("moe_compile.match")
-_ANCHOR_NAMES = ("topk", "argmax", "one_hot", "histc", "sort", "max", "scatter", "eq", "bincount", "argsort", "gather", "index_select", "take_along_dim")  # fmt: skip
+# Any routing decision goes through one of these; a graph without them is not traced a second time.
+_ANCHOR_NAMES = (
+    "topk", "argmax", "one_hot", "histc", "sort", "max", "scatter", "eq", "bincount", "gather", "index_select",
+    "take_along_dim",
+)  # fmt: skip
 
 
 @dataclass
@@ -36,7 +40,16 @@ class Result:
 
 def facts_of(copy: Canonical) -> Engine:
     """Run every rule over a canonical copy."""
-    tables = [views.RULES, values.RULES, combine.RULES, routing.RULES, *(form.RULES for form in FORMS), grouped_mm.late_rules()]
+    tables = [
+        views.RULES,
+        values.RULES,
+        stack.RULES,
+        combine.RULES,
+        routing.RULES,
+        rows.RULES,
+        *(form.RULES for form in FORMS),
+        grouped_mm.late_rules(),
+    ]
     return Engine(copy, tables, _fallbacks).run()
 
 
@@ -69,7 +82,9 @@ def analyse_graph(gm: fx.GraphModule) -> Result:
             refused[node] = (getattr(error, "form", ""), error)
             return False
         result.plans.append(plan)
-        result.sites.append(Site(REWRITTEN, form=form, location=_where(copy, node), spec=found.moe, kernel=kernel_text(found)))
+        result.sites.append(
+            Site(REWRITTEN, form=form, location=_where(copy, node), spec=found.moe, kernel=kernel_text(found))
+        )
         return True
 
     torch_compat.register_anchor(passes, sorted(anchors, key=str), check, lambda match, *a, **k: None)
@@ -95,7 +110,7 @@ def _worth_a_look(gm: fx.GraphModule) -> bool:
     for node in gm.graph.nodes:
         if node.op in ("call_function", "call_method"):
             name = getattr(node.target, "__name__", str(node.target)).lower()
-            if any(a in name for a in _ANCHOR_NAMES) or name == "getitem" and _indexes_by_tensor(node):
+            if any(a in name for a in _ANCHOR_NAMES) or (name == "getitem" and _indexes_by_tensor(node)):
                 return True
     return False
 
@@ -142,7 +157,10 @@ def _prove(engine: Engine, node: fx.Node, total: Sum) -> tuple[str, Found]:
 
 
 def _refusals(
-    engine: Engine, candidates: dict[fx.Node, tuple[fx.Node, Sum]], refused: dict[fx.Node, tuple[str, NoMatch]], done: set[fx.Node]
+    engine: Engine,
+    candidates: dict[fx.Node, tuple[fx.Node, Sum]],
+    refused: dict[fx.Node, tuple[str, NoMatch]],
+    done: set[fx.Node],
 ) -> list[Site]:
     """One row per routing decision that was not rewritten: its refusal, else the step that went furthest."""
     sites = []
@@ -211,7 +229,9 @@ def _nearest_miss(engine: Engine, misses: list[Miss], user: fx.Node) -> Site:
     lost = _lost_at(engine, later)
     if lost is not None:
         return _refusal(engine, "", lost, user)
-    error = NoMatch("MC200", "experts are chosen here, but their outputs are combined in a way that no form knows", user)
+    error = NoMatch(
+        "MC200", "experts are chosen here, but their outputs are combined in a way that no form knows", user
+    )
     return _refusal(engine, "", error, user)
 
 

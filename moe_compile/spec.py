@@ -198,8 +198,7 @@ class MoE:
         gated = "-gated" if e.activation is not None and e.activation.gated else ""
         bias = ", biases" if any(b is not None for b in (e.b1, e.b2, e.b3)) else ""
         return (
-            f"{e.num_experts} experts, top-{self.top_k}, {act}{gated}{bias}, "
-            f"H={e.hidden_size} I={e.intermediate_size}"
+            f"{e.num_experts} experts, top-{self.top_k}, {act}{gated}{bias}, H={e.hidden_size} I={e.intermediate_size}"
         )
 
     def reference(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -212,8 +211,9 @@ class MoE:
             raise ValueError("a custom activation has no reference of its own")
         x = self.hidden_states if dtype is None else self.hidden_states.to(dtype)
         w = self.topk_weights if dtype is None else self.topk_weights.to(dtype)
-        out = torch.zeros(x.shape[0], self.experts.hidden_size, dtype=torch.promote_types(x.dtype, w.dtype),
-                          device=x.device)  # [T, H]
+        out = torch.zeros(
+            x.shape[0], self.experts.hidden_size, dtype=torch.promote_types(x.dtype, w.dtype), device=x.device
+        )  # [T, H]
         for e in range(self.experts.num_experts):
             token, slot = torch.where(self.topk_ids == e)
             weight = w[token, slot, None]

@@ -92,9 +92,9 @@ def register_anchor(
     """Register one pattern for any of ``targets`` (any arguments, any number of users)."""
     from torch._inductor.pattern_matcher import MULTIPLE, CallFunctionVarArgs, register_graph_pattern
 
-    register_graph_pattern(
-        CallFunctionVarArgs(list(targets), users=MULTIPLE), extra_check=check, pass_dict=passes
-    )(handler)
+    register_graph_pattern(CallFunctionVarArgs(list(targets), users=MULTIPLE), extra_check=check, pass_dict=passes)(
+        handler
+    )
 
 
 def placeholder_source(node: fx.Node) -> Any:

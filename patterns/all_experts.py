@@ -1,4 +1,7 @@
-"""All experts on all tokens in one batched product.     ys = bmm(x.expand(E, ..), w);  out = sum_e combine[:, e] * ys[e]"""
+"""All experts on all tokens in one batched product.
+
+ys = bmm(x.expand(E, ..), w);  out = sum_e combine[:, e] * ys[e]
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Each expert on the tokens of a boolean mask.     m = (ids == e).any(-1);  out[m] += g[m, e, None] * expert_e(x[m])"""
+"""Each expert on the tokens of a boolean mask.
+
+m = (ids == e).any(-1);  out[m] += g[m, e, None] * expert_e(x[m])
+"""
 
 from __future__ import annotations
 

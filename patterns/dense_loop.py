@@ -1,4 +1,7 @@
-"""Every expert on every token, then a masked sum.     out = sum_e (w * [ids == e]).sum(-1) * expert_e(x)"""
+"""Every expert on every token, then a masked sum.
+
+out = sum_e (w * [ids == e]).sum(-1) * expert_e(x)
+"""
 
 from __future__ import annotations
 

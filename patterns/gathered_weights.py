@@ -1,4 +1,6 @@
-"""The weights of each pair's expert are gathered.     y = einsum("tkih,th->tki", w1[ids], x) ..; (y * w[..., None]).sum(1)"""
+"""The weights of each pair's expert are gathered.
+
+y = einsum("tkih,th->tki", w1[ids], x) ..; (y * w[..., None]).sum(1)"""
 
 from __future__ import annotations
 
@@ -80,8 +82,10 @@ EXAMPLES = (GptFast, GptOssReference, BatchedMM)
 def match(engine: Engine, output: fx.Node, total: Sum) -> Found:
     """One part whose weights are rows of stacks chosen by the ids."""
     slots = [s for p in total.parts for s in p.val.slots]
-    if len(total.parts) != 1 or total.parts[0].val.rows is not None or not all(
-        s.weight.source == "ids" and not s.weight.leaves for s in slots
+    if (
+        len(total.parts) != 1
+        or total.parts[0].val.rows is not None
+        or not all(s.weight.source == "ids" and not s.weight.leaves for s in slots)
     ):
         raise NoMatch("MC200", "the weights are not gathered by the ids", output)
     return build(engine, output, total, "gathered_weights")

@@ -1,8 +1,8 @@
 """Sorted pairs through ``torch._grouped_mm``: HF's ``grouped_mm`` implementation and hand-written pipelines.
 
-    order = argsort(ids.flatten());  offs = cumsum(histc(ids))  (or bincount, one_hot sums, searchsorted)
-    y = _grouped_mm(act(_grouped_mm(x[order // K], w13.mT, offs)), w2.mT, offs) * w[order]
-    out = y[argsort(order)].view(T, K, H).sum(1)                      (or index_add_, scatter_add, an indexed store)
+order = argsort(ids.flatten());  offs = cumsum(histc(ids))  (or bincount, one_hot sums, searchsorted)
+y = _grouped_mm(act(_grouped_mm(x[order // K], w13.mT, offs)), w2.mT, offs) * w[order]
+out = y[argsort(order)].view(T, K, H).sum(1)                      (or index_add_, scatter_add, an indexed store)
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from moe_compile.match.facts import (
     Range,
     Rows,
     SortedIds,
+    Sum,
     Val,
     Wt,
     flat_names,
     names,
-    Sum,
     refuse,
     same,
 )
 from moe_compile.match.layer import Found, build
-from moe_compile.match.routing import ids_dims, top_k
+from moe_compile.match.routing import top_k
 from moe_compile.match.values import lift, linear_map, weight_leaf
 from moe_compile.spec import NoMatch
 
@@ -216,9 +216,7 @@ def _grouped_mm(engine: Engine, node: fx.Node) -> Any:
     experts = w.dims[0][0].size
     if ends.dims[0][0].size != experts:
         raise refuse("MC208", f"offsets for {ends.dims[0][0].size} experts, weights for {experts}", node)
-    gathered = replace(
-        w, dims=(val.dims[0], *w.dims[1:]), source="ids", ids=val.rows.ids, expert=experts
-    )
+    gathered = replace(w, dims=(val.dims[0], *w.dims[1:]), source="ids", ids=val.rows.ids, expert=experts)
     return linear_map(val, "ri", gathered, "rio", "ro", node)
 
 

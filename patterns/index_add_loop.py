@@ -1,4 +1,7 @@
-"""Each expert on its own tokens, added back by index.     out.index_add_(0, tokens, w[tokens, slots] * expert_e(x[tokens]))"""
+"""Each expert on its own tokens, added back by index.
+
+out.index_add_(0, tokens, w[tokens, slots] * expert_e(x[tokens]))
+"""
 
 from __future__ import annotations
 

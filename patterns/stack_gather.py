@@ -1,4 +1,7 @@
-"""Every expert on every token, then the chosen outputs.     ys = stack([f(x) for f in experts], 1);  ys.gather(1, ids)"""
+"""Every expert on every token, then the chosen outputs.
+
+ys = stack([f(x) for f in experts], 1);  ys.gather(1, ids)
+"""
 
 from __future__ import annotations
 
@@ -50,8 +53,10 @@ EXAMPLES = (StackGather, StackIndex)
 def match(engine: Engine, output: fx.Node, total: Sum) -> Found:
     """One part: separate weights chosen by the ids."""
     slots = [s for p in total.parts for s in p.val.slots]
-    if len(total.parts) != 1 or total.parts[0].val.rows is not None or not all(
-        s.weight.source == "ids" and s.weight.leaves for s in slots
+    if (
+        len(total.parts) != 1
+        or total.parts[0].val.rows is not None
+        or not all(s.weight.source == "ids" and s.weight.leaves for s in slots)
     ):
         raise NoMatch("MC200", "the outputs are not gathered from a stack of experts", output)
     return build(engine, output, total, "stack_gather")

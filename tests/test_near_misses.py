@@ -1,14 +1,13 @@
-"""Look-alikes: each differs from a form in one fact, and must be left alone with that fact as the reason, or be equal."""
+"""Look-alikes: each differs from a form in one fact: left alone with that fact as the reason, or equal."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from moe_compile.patterns._examples import GatedMLP, Layer
 from support import relative, rewritten
 from torch import nn
 from torch.nn import functional as F
-
-from moe_compile.patterns._examples import GatedMLP, Layer
 
 
 class Dense(Layer):
@@ -133,7 +132,8 @@ REFUSED = {
     # ids and loop bounds
     "one expert is visited twice": (
         mutate(Dense, order=lambda s: [*enumerate(s.mlps), (1, s.mlps[1])]), "MC208"),
-    "ids are off by one": (mutate(Dense, weight=lambda s, w, ids, e: (w * (ids == e + 1)).sum(-1, keepdim=True)), "MC208"),
+    "ids are off by one": (
+        mutate(Dense, weight=lambda s, w, ids, e: (w * (ids == e + 1)).sum(-1, keepdim=True)), "MC208"),
     "one id is missing in the middle": (
         mutate(Dense, order=lambda s: [(e, m) for e, m in enumerate(s.mlps) if e != 1]), "MC208"),
     # routing weights

@@ -48,9 +48,7 @@ class Plan:
     down: Tiles
 
 
-def choose_path(
-    tokens: int, top_k: int, experts: int, *, dense: bool = True, elements: int = 2
-) -> str:
+def choose_path(tokens: int, top_k: int, experts: int, *, dense: bool = True, elements: int = 2) -> str:
     """The path for ``tokens`` rows.
 
     Args:

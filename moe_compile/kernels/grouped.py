@@ -166,9 +166,7 @@ def sorted_projection(rows: Tensor, pairs: Sorted, projection: Projection, plan:
 def grouped_linear(rows: Tensor, offsets: Tensor, projection: Projection, plan: Tiles) -> Tensor:
     """``rows [P, D]`` under any ``offsets [E + 1]`` -> ``[P, N]``; rows from ``offsets[E]`` on are zero."""
     tiles, capacity = tile_table(offsets, rows.shape[0], plan.bm)
-    return _launch(
-        rows, None, None, offsets, tiles, capacity, rows.shape[0], 1, projection, plan, True
-    )
+    return _launch(rows, None, None, offsets, tiles, capacity, rows.shape[0], 1, projection, plan, True)
 
 
 def projection_twin(rows: Tensor, expert: Tensor, projection: Projection, scales: Tensor | None) -> Tensor:

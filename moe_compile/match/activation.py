@@ -90,9 +90,7 @@ def _split(poly: Poly, up: Atom) -> tuple[Poly, float] | None:
     return build(factor), ratios[0]
 
 
-def _curve_with_limits(
-    poly: Poly, gated: bool, up_limit: float = INF, up_offset: float = 0.0
-) -> Activation | None:
+def _curve_with_limits(poly: Poly, gated: bool, up_limit: float = INF, up_offset: float = 0.0) -> Activation | None:
     found, act_limit = _curve(poly), INF
     outer = single_atom(poly)
     if found is None and outer is not None and outer[0] == "min":
@@ -290,8 +288,7 @@ def recognise(fn: Callable[[Tensor], Tensor], width: int, gated: bool = True) ->
 def _writes(graph: fx.Graph) -> bool:
     """Whether an operator writes to a tensor: later reads of its views would see the new value."""
     return any(
-        isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-        for node in graph.nodes
+        isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable for node in graph.nodes
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from ..canonical import shape_of, tensor_inputs
+from ..canonical import shape_of
 from .engine import Engine, Rules, argument, aten, is_float, normal_dim, rank
 from .facts import (
     Atom,
@@ -16,21 +16,20 @@ from .facts import (
     Gate,
     Index,
     Inverse,
-    Leaf,
     Part,
     Picked,
-    Slot,
+    Range,
+    RouterWeight,
     Sum,
     Val,
-    Wt,
     flat_names,
-    names,
     refuse,
     same,
+    size_of,
     unify,
 )
-from .routing import apply_gate, as_router_weight, ids_dims, names_token, pair_ids, sum_gate, token_count, top_k
-from .values import renumber
+from .routing import as_router_weight, ids_dims, pair_ids, sum_gate, token_count, top_k
+from .rows import names_token, rows_of_mask
 
 
 def is_output(engine: Engine, fact: Any) -> bool:
@@ -88,7 +87,7 @@ def _add(engine: Engine, node: fx.Node) -> Any:
         return None
     if not all(same(p, q) for p, q in zip(shape_of(other), shape_of(node), strict=False)):
         return None
-    if rank(other) != rank(node) or str(node.target).endswith("add_.Tensor") and mine is tb:
+    if rank(other) != rank(node) or (str(node.target).endswith("add_.Tensor") and mine is tb):
         return None
     return replace(mine, base=engine.leaf(other))
 
@@ -171,15 +170,13 @@ def weighted_sum(
             label = mine.get(c)
             if label is None or not all(x.name == "k" or x.name.startswith("t") for x in label):
                 return None
-            if not same(shape[c], _product(label)):
+            if not same(shape[c], size_of(label)):
                 return None
         if any(x.name == "k" or x.name.startswith("t") for c in order if c not in b_labels for x in mine.get(c, ())):
             return None
         if not is_float(b):
             return None
         dims = tuple(mine[c] if c in b_labels else () for c in order)
-        from .facts import RouterWeight
-
         if [c for c in order if c in b_labels] != list(b_labels):
             return None
         other = Gate(dims, ids, weight=RouterWeight(engine.flat_leaf(b)))
@@ -198,13 +195,6 @@ def weighted_sum(
     if not labels <= {"k", "e"}:
         return None
     return sum_over(engine, node, gated, left, labels)
-
-
-def _product(label: Any) -> Any:
-    total: Any = 1
-    for x in label:
-        total = total * x.size
-    return total
 
 
 def _gate_product(
@@ -294,8 +284,6 @@ def _index_put(engine: Engine, node: fx.Node) -> Any:
         return _unsort_put(engine, node, into, index, value, src)
     rows = index.rows if isinstance(index, Index) and names_token(engine, index) else None
     if isinstance(index, Gate):
-        from .routing import rows_of_mask
-
         rows = rows_of_mask(index)
     if rows is None:
         return None
@@ -318,8 +306,6 @@ def _index_put(engine: Engine, node: fx.Node) -> Any:
 
 def _combine_matrix(engine: Engine, node: fx.Node, target: fx.Node, where: Any, src: Any) -> Any:
     """``zeros[T, E][arange(T)[:, None], ids] = w``."""
-    from .facts import Range, RouterWeight
-
     (i, first), (j, second) = where
     filled = engine.fact(target)
     if (i, j) != (0, 1) or not isinstance(engine.fact(first), Range) or not isinstance(filled, Filled):
@@ -338,8 +324,6 @@ def _combine_matrix(engine: Engine, node: fx.Node, target: fx.Node, where: Any, 
 
 def _unsort_put(engine: Engine, node: fx.Node, into: Any, index: Index, value: Any, src: Any) -> Any:
     """``buffer[order] = rows``: back to pair order; ``buffer[order] = arange``: the inverse permutation."""
-    from .facts import Range
-
     if not isinstance(into, Filled) or argument(node, 3, "accumulate", False):
         return None
     size = shape_of(node)[0]
@@ -357,129 +341,10 @@ def _unsort_put(engine: Engine, node: fx.Node, into: Any, index: Index, value: A
     return None
 
 
-# ------------------------------------------------------------------------------------- stacks of experts
-
-
-def _stack(engine: Engine, node: fx.Node) -> Any:
-    """``stack([expert_0(x), .., expert_{E-1}(x)], dim)``: all experts' outputs under one ``e`` dimension."""
-    items = node.args[0]
-    assert isinstance(items, (list, tuple))
-    dim = argument(node, 1, "dim", 0)
-    vals = [engine.fact(i) for i in items]
-    if len(vals) < 2:
-        return None
-    if all(isinstance(v, Gate) for v in vals):
-        return _stack_gates(vals, normal_dim(int(dim), len(vals[0].dims) + 1))
-    if not all(isinstance(v, Val) and v.slots for v in vals):
-        return None
-    at = normal_dim(int(dim), len(vals[0].dims) + 1)
-    return stacked_values(node, vals, at)
-
-
-def _stack_gates(vals: list[Any], at: int) -> Gate | None:
-    """``stack([w_0, .., w_{E-1}])`` of one layer's gates in order of the expert ids."""
-    first = vals[0]
-    for e, gate in enumerate(vals):
-        if gate.expert != e or replace(gate, expert=0) != replace(first, expert=0):
-            return None
-    dims = (*first.dims[:at], (Atom("e", len(vals)),), *first.dims[at:])
-    return replace(first, dims=dims, expert=None)
-
-
-def stacked_values(node: fx.Node, vals: list[Val], at: int) -> Val | None:
-    """E equal expressions with their own weights as one expression under an ``e`` dimension."""
-    first = vals[0]
-    for e, v in enumerate(vals):
-        if v.x != first.x or v.dims != first.dims or v.rows is not None or v.gate != first.gate or v.gate is not None:
-            raise refuse("MC201", f"expert {e} works on other values than expert 0", node)
-        if v.expr != first.expr or len(v.slots) != len(first.slots):
-            raise refuse("MC201", f"expert {e} computes something else than expert 0", node)
-    count = len(vals)
-    slots = []
-    for n, slot in enumerate(first.slots):
-        every = [v.slots[n] for v in vals]
-        if slot.weight.source == "one" and all(s == slot for s in every):
-            slots.append(slot)  # shared by all: it belongs before the experts
-            continue
-        merged = merge_weights([s.weight for s in every], node)
-        if any(s.transposed != slot.transposed for s in every):
-            raise refuse("MC201", "some experts' weights are transposed and others are not", node)
-        slots.append(Slot(merged, slot.transposed))
-    dims = (*first.dims[:at], (Atom("e", count),), *first.dims[at:])
-    return replace(first, dims=dims, slots=tuple(slots), expr=renumber(first.expr, list(range(len(slots)))))
-
-
-def merge_weights(weights: list[Wt], node: Any) -> Wt:
-    """The weights of experts 0..E-1 (in this order) as one weight with an ``e`` dimension."""
-    first = weights[0]
-    count = len(weights)
-    for e, w in enumerate(weights):
-        if w.key() != first.key() or names(w.dims) != names(first.dims):
-            raise refuse("MC201", f"the weights of expert {e} have another form than those of expert 0", node)
-        mine, ref = [x.size for d in w.dims for x in d], [x.size for d in first.dims for x in d]
-        if mine != ref:
-            raise refuse("MC201", f"expert {e} has weights of shape {mine}, expert 0 has {ref}", node)
-    if first.source == "row":
-        for e, w in enumerate(weights):
-            if w.leaf != first.leaf:
-                raise refuse("MC201", f"expert {e} reads another stacked weight than expert 0", node)
-            if w.expert != e:
-                raise refuse("MC208", f"expert {e} uses row {w.expert} of the stacked weights", node)
-        size = shape_of(first.leaf.node)[0]
-        if size != count:
-            raise refuse("MC208", f"{count} experts are used, the stacked weights hold {size}", node)
-        return replace(first, dims=((Atom("e", count),), *first.dims), source="axis", expert=None)
-    if first.source == "one":
-        leaves = tuple(w.leaf for w in weights)
-        if len(set(leaves)) != count:
-            raise refuse("MC202", "two experts share one weight tensor", node)
-        return replace(first, dims=((Atom("e", count),), *first.dims), source="axis", leaves=leaves)
-    raise refuse("MC201", "experts mix their own weights with gathered ones", node)
-
-
-def _cat_rows(engine: Engine, node: fx.Node) -> Any:
-    """``cat([y[None] ..])`` along a size-one dimension is a stack."""
-    items = node.args[0]
-    assert isinstance(items, (list, tuple))
-    vals = [engine.fact(i) for i in items]
-    if len(vals) < 2 or not all(isinstance(v, Val) and v.slots for v in vals):
-        return None
-    at = normal_dim(int(argument(node, 1, "dim", 0)), len(vals[0].dims))
-    if vals[0].dims[at]:
-        return None
-    bare = [replace(v, dims=(*v.dims[:at], *v.dims[at + 1 :])) for v in vals]
-    return stacked_values(node, bare, at)
-
-
-def _einsum_gate(engine: Engine, node: fx.Node) -> Any:
-    return None
-
-
-def outside_users(region: set[fx.Node], node: fx.Node) -> list[fx.Node]:
-    """Users of a region's node that do not belong to it."""
-    return [u for u in node.users if u not in region]
-
-
-def slice_of_region(output: fx.Node, border: set[fx.Node]) -> set[fx.Node]:
-    """All nodes between the border values and the output, the output included."""
-    seen: set[fx.Node] = set()
-    todo = [output]
-    while todo:
-        node = todo.pop()
-        if node in seen or node in border or node.op in ("placeholder", "get_attr"):
-            continue
-        seen.add(node)
-        todo.extend(tensor_inputs(node))
-    return seen
-
-
-_ = (Leaf, apply_gate)
-
 RULES: Rules = {
     aten.add.Tensor: _add, aten.add_.Tensor: _add,
     aten.sum.dim_IntList: _sum,
     aten.index_add_.default: _index_add, aten.index_add.default: _index_add,
     aten.scatter_add_.default: _scatter_add, aten.scatter_add.default: _scatter_add,
     aten.index_put_.default: _index_put, aten.index_put.default: _index_put,
-    aten.stack.default: _stack, aten.cat.default: _cat_rows,
 }  # fmt: skip

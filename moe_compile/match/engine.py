@@ -17,7 +17,7 @@ from torch import fx
 
 from ..canonical import Canonical, shape_of, tensor_inputs, value
 from ..spec import NoMatch
-from .facts import Fact, Ids, Leaf, Sum, Val
+from .facts import Ids, Leaf, Sum, Val
 
 Rule = Callable[["Engine", fx.Node], Any]
 Rules = Mapping[Any, Rule]
@@ -26,14 +26,45 @@ aten = torch.ops.aten
 # Results that share memory with their first argument.
 VIEWS = frozenset(
     {
-        aten.view.default, aten.reshape.default, aten.transpose.int, aten.permute.default, aten.t.default,
-        aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.default, aten.squeeze.dims, aten.expand.default,
-        aten.select.int, aten.slice.Tensor, aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default,
-        aten.split.sizes, aten.unbind.int, aten.narrow.default, aten.flatten.using_ints, aten.detach.default,
-        aten.alias.default, aten.contiguous.default, aten.to.dtype, aten.view_as.default, aten.expand_as.default,
-        aten.to.dtype_layout, aten.to.device, aten.type_as.default, aten.unflatten.int, aten.movedim.int,
-        aten.swapaxes.default, aten.numpy_T.default, aten.mT.default, aten.view.dtype, aten.squeeze_.dim,
-        aten.unsqueeze_.default, aten.swapdims.default, aten.adjoint.default, aten.chunk.default,
+        aten.view.default,
+        aten.reshape.default,
+        aten.transpose.int,
+        aten.permute.default,
+        aten.t.default,
+        aten.unsqueeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.default,
+        aten.squeeze.dims,
+        aten.expand.default,
+        aten.select.int,
+        aten.slice.Tensor,
+        aten.chunk.default,
+        aten.split.Tensor,
+        aten.split_with_sizes.default,
+        aten.split.sizes,
+        aten.unbind.int,
+        aten.narrow.default,
+        aten.flatten.using_ints,
+        aten.detach.default,
+        aten.alias.default,
+        aten.contiguous.default,
+        aten.to.dtype,
+        aten.view_as.default,
+        aten.expand_as.default,
+        aten.to.dtype_layout,
+        aten.to.device,
+        aten.type_as.default,
+        aten.unflatten.int,
+        aten.movedim.int,
+        aten.swapaxes.default,
+        aten.numpy_T.default,
+        aten.mT.default,
+        aten.view.dtype,
+        aten.squeeze_.dim,
+        aten.unsqueeze_.default,
+        aten.swapdims.default,
+        aten.adjoint.default,
+        aten.chunk.default,
     }
 )
 
@@ -221,10 +252,20 @@ class Engine:
 
     def strip(self, node: fx.Node) -> fx.Node:
         """Through integer casts and copies, which change no id."""
-        while node.target in (
-            aten.to.dtype, aten.clone.default, aten.contiguous.default, aten.detach.default, aten.alias.default,
-            aten.to.dtype_layout, aten.to.device,
-        ) and isinstance(node.args[0], fx.Node) and is_integer(node.args[0]):
+        while (
+            node.target
+            in (
+                aten.to.dtype,
+                aten.clone.default,
+                aten.contiguous.default,
+                aten.detach.default,
+                aten.alias.default,
+                aten.to.dtype_layout,
+                aten.to.device,
+            )
+            and isinstance(node.args[0], fx.Node)
+            and is_integer(node.args[0])
+        ):
             node = node.args[0]
         return node
 
@@ -336,8 +377,10 @@ def _is_parameter(copy: Canonical, node: fx.Node) -> bool:
     origin = copy.origin(node)
     if origin is None:
         return False
-    if "parameter" in origin.name or "buffer" in origin.name or isinstance(origin.type, type) and issubclass(
-        origin.type, torch.nn.Parameter
+    if (
+        "parameter" in origin.name
+        or "buffer" in origin.name
+        or (isinstance(origin.type, type) and issubclass(origin.type, torch.nn.Parameter))
     ):
         return True
     val = value(node)

@@ -215,11 +215,28 @@ class Gate(Fact):
 
 
 @dataclass(frozen=True)
+class Masked(Fact):
+    """Scores of the chosen experts, minus infinity elsewhere: a gate once a function sends -inf to zero."""
+
+    gate: Gate
+
+    def with_dims(self, dims: Dims) -> Masked:
+        return Masked(dims, replace(self.gate, dims=dims))
+
+
+@dataclass(frozen=True)
 class Index(Fact):
     """An integer vector over rows: the ``token``, the ``slot`` or the flat ``pair`` of each row."""
 
     rows: Rows
     what: str
+
+
+@dataclass(frozen=True)
+class Coordinates(Fact):
+    """``nonzero(mask)`` as a matrix ``[r, mask dims]``: its columns are the index vectors."""
+
+    columns: tuple[Index, ...]
 
 
 @dataclass(frozen=True)
@@ -290,8 +307,8 @@ class Slot:
 class Val(Fact):
     """An expert's value on some rows.
 
-    ``expr`` is a tree: ``("x",)``, ``("lin", slot, arg)``, ``("bias", slot, arg)``, ``("cut", start, stop, step, arg)``,
-    ``("op", overload, args)`` with ``("const", v)`` leaves. ``slots`` are the weights it names.
+    ``expr`` is a tree: ``("x",)``, ``("lin", slot, arg)``, ``("bias", slot, arg)``, ``("cut", start, stop, step,
+    arg)``, ``("op", overload, args)`` with ``("const", v)`` leaves. ``slots`` are the weights it names.
     """
 
     expr: Any

@@ -8,16 +8,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..canonical import shape_of, value
+from ..canonical import shape_of
 from .engine import VIEWS, Engine, Rules, argument, aten, is_float, rank
 from .facts import (
     Atom,
     Dim,
     Dims,
-    Fact,
     Gate,
     Ids,
-    Leaf,
     Slot,
     Sum,
     Val,
@@ -66,7 +64,9 @@ def lift(engine: Engine, node: fx.Node, base: Any) -> Any:
 
 def is_opaque(fact: Any) -> bool:
     """A finished value of its own: the sum of another layer, or a linear map that all experts share."""
-    return isinstance(fact, Sum) or isinstance(fact, Val) and bool(fact.slots) and fact.rows is None and fact.gate is None
+    return isinstance(fact, Sum) or (
+        isinstance(fact, Val) and bool(fact.slots) and fact.rows is None and fact.gate is None
+    )
 
 
 def _spread(outer: Any, inner: Any) -> bool:
@@ -120,9 +120,7 @@ def add_slot(slots: tuple[Slot, ...], slot: Slot) -> tuple[tuple[Slot, ...], int
     return (*slots, slot), len(slots)
 
 
-def linear_map(
-    val: Val, val_labels: str, weight: Wt, weight_labels: str, out_labels: str, node: fx.Node
-) -> Val | None:
+def linear_map(val: Val, val_labels: str, weight: Wt, weight_labels: str, out_labels: str, node: fx.Node) -> Val | None:
     """``val`` times ``weight``, contracted over their one common label that is not in the output."""
     common = [c for c in val_labels if c in weight_labels and c not in out_labels]
     v = dict(zip(val_labels, val.dims, strict=True))
@@ -161,9 +159,7 @@ def linear_map(
     if gate is not None and val.expr == ("x",):
         gate, gate_in = None, gate
     slots, number = add_slot(val.slots, Slot(weight, transposed=w[c][0].name == "w0"))
-    return replace(
-        val, dims=tuple(dims), expr=("lin", number, val.expr), slots=slots, gate=gate, gate_in=gate_in
-    )
+    return replace(val, dims=tuple(dims), expr=("lin", number, val.expr), slots=slots, gate=gate, gate_in=gate_in)
 
 
 def contract(
@@ -173,7 +169,7 @@ def contract(
     from .combine import weighted_sum  # combine builds on values: resolved when a rule runs
 
     fa, fb = engine.fact(a), engine.fact(b)
-    if isinstance(fa, Gate) or isinstance(fb, Gate) or isinstance(fa, Val) and fa.slots and not isinstance(fb, Wt):
+    if isinstance(fa, Gate) or isinstance(fb, Gate) or (isinstance(fa, Val) and fa.slots and not isinstance(fb, Wt)):
         found = weighted_sum(engine, node, a, a_labels, b, b_labels, out_labels)
         if found is not None:
             return found
@@ -279,7 +275,9 @@ def _einsum(engine: Engine, node: fx.Node) -> Any:
     if not arrow:
         every = a_labels + b_labels
         out = "".join(sorted(c for c in set(every) if every.count(c) == 1))
-    return contract(engine, node, operands[0], a_labels, operands[1], b_labels, out)
+    a, b = operands
+    assert isinstance(a, fx.Node) and isinstance(b, fx.Node)
+    return contract(engine, node, a, a_labels, b, b_labels, out)
 
 
 # ------------------------------------------------------------------------------------- row-wise operations
@@ -367,7 +365,7 @@ def _add(engine: Engine, node: fx.Node) -> Any:
         val = engine.fact(a)
         if isinstance(val, Val) and val.expr[0] == "lin" and isinstance(b, fx.Node):
             other = engine.fact(b)
-            if other is None and engine.is_param(b) or isinstance(other, Wt):
+            if (other is None and engine.is_param(b)) or isinstance(other, Wt):
                 return add_bias(engine, val, b, node)
     return None
 
@@ -381,16 +379,6 @@ def x_rows(engine: Engine, node: fx.Node) -> Val | None:
     return found if isinstance(found, Val) else None
 
 
-def leaf_of(engine: Engine, node: fx.Node) -> Leaf:
-    """Shorthand."""
-    return engine.leaf(node)
-
-
-def numeric(node: Any) -> bool:
-    """Whether an argument is a plain number or a zero-dimensional constant."""
-    return isinstance(node, (int, float)) or (isinstance(node, fx.Node) and value(node) is not None and rank(node) == 0)
-
-
 RULES: Rules = {
     aten.linear.default: _linear,
     aten.matmul.default: _matmul, aten.mm.default: _matmul, aten.bmm.default: _matmul,
@@ -398,5 +386,3 @@ RULES: Rules = {
     aten.einsum.default: _einsum,
     aten.add.Tensor: _add, aten.add_.Tensor: _add,
 }  # fmt: skip
-
-_ = (Fact, Dims)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,6 @@ import torch
 from torch import fx
 
 from ..canonical import shape_of, value
-from ..torch_compat import statically_true
 from .engine import FLOATS, Engine, Rules, argument, aten, normal_dim
 from .facts import (
     Atom,
@@ -19,13 +19,14 @@ from .facts import (
     Filled,
     Gate,
     Range,
-    SortedIds,
     Sum,
     Val,
     Wt,
+    refuse,
     regroup,
     same,
 )
+
 
 def _through(engine: Engine, node: fx.Node) -> Fact | None:
     """Values unchanged: clone, contiguous, detach."""
@@ -70,8 +71,7 @@ def _permute(engine: Engine, node: fx.Node) -> Fact | None:
     fact = _first(engine, node)
     if fact is None:
         return None
-    order = node.args[1]
-    assert isinstance(order, (list, tuple))
+    order = argument(node, 1, "dims")
     return relabel(engine, node, tuple(fact.dims[normal_dim(int(d), len(fact.dims))] for d in order))
 
 
@@ -134,9 +134,7 @@ def repeat_dims(dims: Dims, node: fx.Node) -> Dims | None:
     dims = ((),) * (len(shape) - len(dims)) + dims
     counts = node.args[1]
     assert isinstance(counts, (list, tuple))
-    return tuple(
-        d if same(c, 1) else (Atom("*", c), *d) for d, c in zip(dims, counts, strict=True)
-    )
+    return tuple(d if same(c, 1) else (Atom("*", c), *d) for d, c in zip(dims, counts, strict=True))
 
 
 def _repeat(engine: Engine, node: fx.Node) -> Fact | None:
@@ -169,9 +167,7 @@ def take(fact: Any, dim: int, start: int, stop: int, step: int) -> Fact | None:
         if whole is not None and count == 1 and name in ("fo", "fi"):
             # One half (outer) or every n-th (inner) of a split feature dimension.
             outer, inner = whole
-            others = tuple(
-                tuple(Atom("f", a.size) if a.name in ("fo", "fi") else a for a in d) for d in dims
-            )
+            others = tuple(tuple(Atom("f", a.size) if a.name in ("fo", "fi") else a for a in d) for d in dims)
             if name == "fo":
                 cut = (start * inner, (start + 1) * inner, 1)
             else:
@@ -242,8 +238,7 @@ def _pieces(node: fx.Node) -> list[tuple[int, int]] | None:
     """The (start, stop) of every output of chunk, split and unbind."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    default = 0
-    dim = normal_dim(int(argument(node, 1 if node.target is aten.unbind.int else 2, "dim", default)), len(shape_of(source)))
+    dim = normal_dim(int(argument(node, 1 if node.target is aten.unbind.int else 2, "dim", 0)), len(shape_of(source)))
     size = shape_of(source)[dim]
     outs = value(node)
     if not isinstance(size, int) or not isinstance(outs, (list, tuple)):
@@ -320,25 +315,9 @@ def _dropout(engine: Engine, node: fx.Node) -> Fact | None:
     if train is False or p == 0:
         return _first(engine, node)
     if isinstance(engine.fact(node.args[0]), Val):
-        from .facts import refuse
-
         raise refuse("MC205", f"dropout with p={p} inside an expert is random", node)
     return None
 
-
-def is_sum_safe(dims: Dims) -> bool:
-    """Whether every label is a plain token or feature label."""
-    return all(a.name in ("f",) or a.name.startswith("t") for d in dims for a in d)
-
-
-def known(size: Any) -> bool:
-    """Whether a size is a plain number."""
-    return isinstance(size, int) or statically_true(size == size)
-
-
-import operator  # noqa: E402
-
-_ = SortedIds
 
 RULES: Rules = {
     aten.clone.default: _through, aten.contiguous.default: _through, aten.detach.default: _through,

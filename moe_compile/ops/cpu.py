@@ -1,8 +1,8 @@
 """CPU implementations of ``torch.ops.moe_compile.*``: grouped, in plain PyTorch ops.
 
 Shape legend: see ``spec.py``. Pairs are sorted by expert, so every expert that was hit owns one run of
-rows and its weights are read once. Experts are taken in blocks whose intermediate rows stay in cache:
-first GEMMs of the block, activation, second GEMMs of the block. One fixed-order weighted sum ends it.
+rows. Experts are taken in blocks whose intermediate rows stay in cache: first GEMMs, activation, second
+GEMMs. One weighted sum in a fixed order ends it.
 
 How the GEMMs of one call run is decided once, from its shape alone (``_choose``), because BLAS differs:
 
@@ -26,15 +26,15 @@ from ..spec import INF, Activation
 from .schema import is_stacked, library
 from .validate import check_combine, check_experts, check_grouped_linear, check_ids
 
-BLOCK_BYTES = 1 << 20  # intermediate rows of one block: small enough for a core's second-level cache
+BLOCK_BYTES = 1 << 20  # intermediate rows of one block: stays in cache, few calls of the activation
 SPLIT_ROWS = 256  # one expert is split only into runs that still make an efficient GEMM
 TILE = 1 << 20  # elements of a weight that are upcast at a time
 NATIVE_ROWS = 3  # up to here (rows of an expert, on average) half precision GEMMs win without upcast
 COLUMN_ROWS = 128  # up to here ``W @ rows.T`` wins
-FEW_PAIRS = 64  # up to here Python sorts faster than a chain of tensor ops
 STRIDED_ROWS = 16  # from here on BLAS takes column-major rows as fast as row-major ones
 
 Segment = tuple[int, int, int]  # expert, first row, end row
+Tensors = Sequence[Tensor]
 
 
 class Method(NamedTuple):
@@ -45,25 +45,16 @@ class Method(NamedTuple):
     repack: bool  # rows are made row-major before the second GEMM
 
 
-class Routing(NamedTuple):
-    """Pairs sorted by expert; S of the P pairs count, the others have an id out of range."""
-
-    order: Tensor  # [S] pair of every row
-    token: Tensor  # [S] token of every row
-    position: Tensor  # [P] row of every pair, S for those that do not count
-    segments: list[Segment]
-
-
 class Projection:
     """One weight role with its bias: ``out = rows @ weight[e].T + bias[e]``."""
 
-    def __init__(self, weight: Sequence[Tensor], bias: Sequence[Tensor], method: Method) -> None:
+    def __init__(self, weight: Tensors, bias: Tensors, method: Method) -> None:
         self.weight = weight[0].mT if is_stacked(weight) else weight
         self.stacked = is_stacked(weight)
         self.bias = bias[0] if len(bias) == 1 and bias[0].dim() == 2 else bias
         self.biased = len(bias) > 0
         self.width, inner = weight[0].shape[-2:]
-        self.columns = method.columns
+        self.layout = (1, 0) if method.columns else (0, 1)
         self.scratch: Tensor | None = None
         if weight[0].dtype != method.dtype:
             tile = min(self.width, max(1, TILE // inner))
@@ -73,17 +64,16 @@ class Projection:
 
     def __call__(self, runs: list[Segment], rows: Tensor, out: Tensor | None = None) -> Tensor:
         """The rows of one block, into ``out`` (row-major) when given."""
-        order = (1, 0) if self.columns else (0, 1)
-        fresh = out is None or self.columns
-        buffer = torch.empty_permuted((len(rows), self.width), order, dtype=rows.dtype) if fresh else out
-        assert buffer is not None
+        buffer = out  # [n, out]
+        if buffer is None or self.layout != (0, 1):
+            buffer = torch.empty_permuted((len(rows), self.width), self.layout, dtype=rows.dtype)
         sizes = [end - start for _, start, end in runs]
         xs, ys = rows.split_with_sizes(sizes), buffer.split_with_sizes(sizes)
         multiply = _multiply if self.scratch is None else self._upcast
         for (expert, _, _), x, y in zip(runs, xs, ys, strict=True):
             weight = self.weight[expert] if self.stacked else self.weight[expert].t()  # [in, out]
             multiply(x, weight, self.bias[expert] if self.biased else None, y)
-        return out.copy_(buffer) if self.columns and out is not None else buffer
+        return buffer if out is None or out is buffer else out.copy_(buffer)
 
     def _upcast(self, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
         assert self.scratch is not None
@@ -101,10 +91,32 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None
         torch.addmm(bias, x, weight, out=y)
 
 
+class Layer(NamedTuple):
+    """The expert network on the rows of one block."""
+
+    first: list[Projection]
+    down: Projection
+    activation: Activation
+    interleaved: bool
+    method: Method
+    wide: torch.dtype  # of activations and sums
+
+    def __call__(self, runs: list[Segment], rows: Tensor, out: Tensor | None = None) -> Tensor:
+        rows = rows.to(self.method.dtype)  # [n, H]
+        hidden = [project(runs, rows).to(self.wide) for project in self.first]  # [n, I or 2I]
+        if self.activation.gated and len(hidden) == 1:
+            h = hidden[0]
+            hidden = [h[:, 0::2], h[:, 1::2]] if self.interleaved else list(h.chunk(2, dim=1))
+        inner = _activate(self.activation, *hidden).to(self.method.dtype)  # [n, I]
+        return self.down(runs, inner.contiguous() if self.method.repack else inner, out)
+
+
+Build = Callable[[int, int], Layer]  # from the number of pairs and of experts that they hit
+
+
 def _experts(
     hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor,
-    w1: Sequence[Tensor], w3: Sequence[Tensor], w2: Sequence[Tensor],
-    b1: Sequence[Tensor], b3: Sequence[Tensor], b2: Sequence[Tensor],
+    w1: Tensors, w3: Tensors, w2: Tensors, b1: Tensors, b3: Tensors, b2: Tensors,
     activation: str, activation_args: Sequence[float], gated: bool, interleaved: bool = False,
     weight_on_input: bool = False, out_dtype: torch.dtype | None = None,
 ) -> Tensor:
@@ -112,28 +124,48 @@ def _experts(
         roles = (w1, w3, w2, b1, b3, b2)
         experts = check_experts(hidden_states, topk_weights, topk_ids, *roles, gated, interleaved)
         act = _activation(activation, gated, tuple(activation_args))
-        routing = _route(topk_ids, experts)
-        pairs = len(routing.order)
-        method = _choose(hidden_states.dtype, pairs, len(routing.segments), (w1, w3, w2))
-        first = [Projection(w, b, method) for w, b in ((w1, b1), (w3, b3)) if w]
-        down = Projection(w2, b2, method)
-
         wide = _accumulator(hidden_states.dtype)
-        scale = topk_weights.reshape(-1)[routing.order, None].to(wide) if weight_on_input else None
-        # The pairs that count, and one row that stands for all others and is never read.
-        result = torch.empty(pairs + 1, down.width, dtype=method.dtype)  # [S + 1, H]
-        row_bytes = sum(p.width for p in first) * method.dtype.itemsize
-        for start, end, runs in _blocks(routing.segments, row_bytes):
-            rows = hidden_states.index_select(0, routing.token[start:end])  # [n, H]
-            if scale is not None:
-                rows = rows.to(wide).mul_(scale[start:end])
-            rows = rows.to(method.dtype)
-            hidden = [project(runs, rows).to(wide) for project in first]  # [n, I or 2I]
-            inner = _activate(act, *_halves(hidden, gated, interleaved)).to(method.dtype)  # [n, I]
-            down(runs, inner.contiguous() if method.repack else inner, result[start:end])
-        weights = None if weight_on_input else topk_weights
-        total = _weighted_sum(result, routing.position, pairs, weights, topk_ids.shape[1])
-        return total.to(out_dtype or hidden_states.dtype)
+
+        def layer(pairs: int, hit: int) -> Layer:
+            method = _choose(hidden_states.dtype, pairs, hit, (w1, w3, w2))
+            first = [Projection(w, b, method) for w, b in ((w1, b1), (w3, b3)) if w]
+            return Layer(first, Projection(w2, b2, method), act, interleaved, method, wide)
+
+        run = _one_token if len(topk_ids) == 1 else _many_tokens
+        result = run(layer, hidden_states, topk_weights, topk_ids, experts, weight_on_input)
+        return result.to(out_dtype or hidden_states.dtype)
+
+
+def _one_token(
+    layer: Build, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, experts: int, on_input: bool
+) -> Tensor:
+    """Decoding: no sort, no gather, since the host's own work counts here."""
+    ids = topk_ids[0].tolist()
+    valid = [k for k, expert in enumerate(ids) if 0 <= expert < experts]
+    network = layer(len(valid), len(valid))
+    scale = topk_weights.reshape(-1, 1).to(network.wide)  # [K, 1]
+    scale = scale if len(valid) == len(ids) else scale[valid]
+    rows = hidden_states.expand(len(valid), -1)  # [n, H]
+    rows = rows.to(network.wide) * scale if on_input else rows
+    result = network([(ids[k], row, row + 1) for row, k in enumerate(valid)], rows).to(network.wide)
+    return (result if on_input else result * scale).sum(0, keepdim=True)  # [1, H]
+
+
+def _many_tokens(
+    layer: Build, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, experts: int, on_input: bool
+) -> Tensor:
+    order, position, segments = _route(topk_ids, experts)
+    pairs, top_k = len(order), topk_ids.shape[1]
+    network = layer(pairs, len(segments))
+    # The pairs that count, and one row that stands for all others and is never read.
+    result = torch.empty(pairs + 1, network.down.width, dtype=network.method.dtype)  # [S + 1, H]
+    row_bytes = sum(p.width for p in network.first) * network.method.dtype.itemsize
+    for start, end, runs in _blocks(segments, row_bytes):
+        rows = hidden_states.index_select(0, order[start:end] // top_k)  # [n, H]
+        if on_input:
+            rows = rows.to(network.wide) * topk_weights.reshape(-1, 1)[order[start:end]].to(network.wide)
+        network(runs, rows, result[start:end])
+    return _weighted_sum(result, position, pairs, None if on_input else topk_weights, top_k)
 
 
 def _sort_pairs(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
@@ -143,9 +175,7 @@ def _sort_pairs(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     return order.to(torch.int32), offsets
 
 
-def _grouped_linear(
-    rows: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor], offsets: Tensor
-) -> Tensor:
+def _grouped_linear(rows: Tensor, weight: Tensors, bias: Tensors, offsets: Tensor) -> Tensor:
     with torch.no_grad():
         experts = check_grouped_linear(rows, weight, bias, offsets)
         ends = offsets.tolist()
@@ -182,41 +212,22 @@ def _invert(order: Tensor, pairs: int) -> Tensor:
     return torch.empty_like(order).scatter_(0, order, torch.arange(len(order)).clamp_(max=pairs))
 
 
-def _route(topk_ids: Tensor, experts: int) -> Routing:
-    total, top_k = topk_ids.numel(), topk_ids.shape[1]
+def _route(topk_ids: Tensor, experts: int) -> tuple[Tensor, Tensor, list[Segment]]:
+    """The pair of every row [S], the row of every pair [P], and each expert's rows."""
+    key, order = _sort(topk_ids, experts)  # [P], [P]
+    hit, counts = torch.unique_consecutive(key, return_counts=True)
     segments: list[Segment] = []
     pairs = 0
-    if total > FEW_PAIRS:
-        key, order = _sort(topk_ids, experts)  # [P], [P]
-        hit, counts = torch.unique_consecutive(key, return_counts=True)
-        for expert, count in zip(hit.tolist(), counts.tolist(), strict=True):
-            if expert < experts:
-                segments.append((expert, pairs, pairs + count))
-                pairs += count
-        return Routing(order[:pairs], order[:pairs] // top_k, _invert(order, pairs), segments)
-    pairs_of: dict[int, list[int]] = {}
-    for pair, expert in enumerate(topk_ids.reshape(-1).tolist()):
-        if 0 <= expert < experts:
-            pairs_of.setdefault(expert, []).append(pair)
-    rank: list[int] = []
-    for expert, chosen in sorted(pairs_of.items()):
-        segments.append((expert, len(rank), len(rank) + len(chosen)))
-        rank += chosen
-    pairs = len(rank)
-    position = [pairs] * total
-    for row, pair in enumerate(rank):
-        position[pair] = row
-    flat = rank + [pair // top_k for pair in rank] + position  # one tensor costs less than three
-    order, token, rows = torch.tensor(flat, dtype=torch.int64).split_with_sizes([pairs, pairs, total])
-    return Routing(order, token, rows, segments)
+    for expert, count in zip(hit.tolist(), counts.tolist(), strict=True):
+        if expert < experts:
+            segments.append((expert, pairs, pairs + count))
+            pairs += count
+    return order[:pairs], _invert(order, pairs), segments
 
 
 def _blocks(segments: list[Segment], row_bytes: int) -> Iterator[tuple[int, int, list[Segment]]]:
     """Cut segments into ``(start, end, runs)``, where runs count rows from ``start``."""
     limit = BLOCK_BYTES // row_bytes  # rows of several experts together
-    if segments and segments[-1][2] <= limit:
-        yield 0, segments[-1][2], segments
-        return
     step = max(SPLIT_ROWS, limit)  # rows of one expert
     runs: list[Segment] = []
     start = 0
@@ -233,7 +244,7 @@ def _blocks(segments: list[Segment], row_bytes: int) -> Iterator[tuple[int, int,
         yield start, start + runs[-1][2], runs
 
 
-def _choose(dtype: torch.dtype, pairs: int, hit: int, roles: Sequence[Sequence[Tensor]]) -> Method:
+def _choose(dtype: torch.dtype, pairs: int, hit: int, roles: Sequence[Tensors]) -> Method:
     """Pick the method from the mean number of rows of an expert; figures in ``benchmarks/results``."""
     if dtype in (torch.bfloat16, torch.float16):
         # Without instructions for the type, PyTorch's loop is fast along ``in`` only.
@@ -251,13 +262,6 @@ def _native_gemm(dtype: torch.dtype) -> bool:
     name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
     probe = getattr(torch.ops.mkldnn, name, None)
     return probe is not None and bool(probe())
-
-
-def _halves(hidden: list[Tensor], gated: bool, interleaved: bool) -> Sequence[Tensor]:
-    """Gate, and up if there is one, from what the first projections gave."""
-    if len(hidden) == 2 or not gated:
-        return hidden
-    return (hidden[0][:, 0::2], hidden[0][:, 1::2]) if interleaved else hidden[0].chunk(2, dim=1)
 
 
 _activation = lru_cache(maxsize=64)(Activation.from_args)
@@ -279,15 +283,13 @@ def _activate(act: Activation, gate: Tensor, up: Tensor | None = None) -> Tensor
     return a.mul_(u + act.up_offset if act.up_offset else u)
 
 
-def _weighted_sum(
-    rows: Tensor, position: Tensor, pairs: int, topk_weights: Tensor | None, top_k: int
-) -> Tensor:
+def _weighted_sum(rows: Tensor, position: Tensor, pairs: int, weights: Tensor | None, top_k: int) -> Tensor:
     """``[T, H]`` in the accumulation dtype, summed in the order of k; reads the first ``pairs`` rows."""
     total = len(position)
     wide = _accumulator(rows.dtype)
     if pairs == 0:
         return rows.new_zeros(total // top_k, rows.shape[1], dtype=wide)
-    weights = None if topk_weights is None else topk_weights.reshape(-1).to(wide)
+    weights = None if weights is None else weights.reshape(-1).to(wide)
     skipped = pairs if pairs < total else None  # embedding_bag never reads its padding row
     bags = torch.arange(0, total, top_k)
     return torch.embedding_bag(rows.to(wide), position, bags, False, 0, False, weights, False, skipped)[0]

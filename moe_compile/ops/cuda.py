@@ -83,9 +83,7 @@ def experts(
         )
         down = projection(_operand("w2", w2, 2, x), hidden, b=_operand("b2", b2, 1, x))
         shared = _kernel("experts", "shared_bytes")(x.get_device())
-        return run(
-            x, topk_weights, topk_ids, count, up, down, weight_on_input, out_dtype, path, shared
-        )
+        return run(x, topk_weights, topk_ids, count, up, down, weight_on_input, out_dtype, path, shared)
 
 
 def sort_pairs(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:

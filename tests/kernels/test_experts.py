@@ -15,9 +15,7 @@ PATHS = ("gemv", "decode", "sorted")
 
 def run(layer: Layer, path: str) -> torch.Tensor:
     up, down = layer.projections()
-    return experts.run(
-        layer.x, layer.weights, layer.ids, layer.E, up, down, layer.weight_on_input, path=path
-    )
+    return experts.run(layer.x, layer.weights, layer.ids, layer.E, up, down, layer.weight_on_input, path=path)
 
 
 def check(layer: Layer, path: str) -> None:

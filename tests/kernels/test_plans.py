@@ -16,12 +16,12 @@ LAYERS = {"qwen3": (128, 8, 2048, 768), "mixtral": (8, 2, 4096, 14336), "gpt-oss
 @pytest.mark.parametrize("swap", [True, False])
 @pytest.mark.parametrize(("path", "tail"), [("sorted", 2), ("sorted", 1), ("decode", 0)])
 def test_forced_plans(monkeypatch: pytest.MonkeyPatch, layout: str, swap: bool, path: str, tail: int) -> None:
-    bm = 64 if tail else 16  # the decode case needs more than one pass over an expert's rows
+    bm = 64 if tail else 16  # so the decode case needs two passes over an expert's rows
     plan = Plan(path, Tiles(bm, 64, 16, 4, 2, swap, tail, 2), Tiles(bm, 32, 16, 4, 2, swap, tail, 2))
     monkeypatch.setattr(experts, "select", lambda *args: plan)
-    layer = Layer(
-        29, 2, 2, 21, 38, Activation(gated=layout != "single"), layout, bias=True, routing="sentinels"
-    )
+    form = {"bias": True, "routing": "random" if path == "decode" else "sentinels"}
+    layer = Layer(21, 2, 2, 17, 34, Activation(gated=layout != "single"), layout, **form)
+    assert path != "decode" or int((layer.ids == 0).sum()) > bm
     up, down = layer.projections()
     ours = experts.run(layer.x, layer.weights, layer.ids, 2, up, down, path=path)
     assert relative_error(ours, layer.truth()) < 2e-6

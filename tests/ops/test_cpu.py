@@ -349,25 +349,13 @@ def test_upcast_is_more_accurate_than_the_loop() -> None:
         assert error(sample.run(), exact) <= error(sample.moe.reference(), exact)
 
 
-def test_both_ways_to_route_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    ids = torch.randint(-2, 9, (20, 3), generator=torch.Generator().manual_seed(3))
-    results = []
-    for few in (0, 1000):
-        monkeypatch.setattr(cpu, "FEW_PAIRS", few)
-        results.append(cpu._route(ids, 7))
-    tensors, lists = results
-    assert tensors.segments == lists.segments
-    assert torch.equal(tensors.order, lists.order) and torch.equal(tensors.token, lists.token)
-    assert torch.equal(tensors.position, lists.position)
-
-
-def test_few_pairs_are_routed_without_a_sort(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_token_is_not_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     sort = cpu._sort
-    monkeypatch.setattr(cpu, "_sort", lambda ids, e: calls.append(ids.numel()) or sort(ids, e))
-    for t in (1, 32, 33):
-        make(t).run()
-    assert calls == [66]
+    monkeypatch.setattr(cpu, "_sort", lambda ids, e: calls.append(len(ids)) or sort(ids, e))
+    for t in (1, 2, 33):
+        check(make(t))
+    assert calls == [2, 33]
 
 
 @pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64])

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from moe_compile.patterns import FORMS, grouped_mm, name_of
+from support import assert_accurate, double_reference, rewritten
 
 import moe_compile.backend
 from moe_compile import report
-from moe_compile.patterns import FORMS, grouped_mm, name_of
 from moe_compile.spec import Activation, Experts, MoE, Weight
-from support import assert_accurate, double_reference, rewritten
 
-CASES = [pytest.param(form, example, id=f"{name_of(form)}-{example.__name__}") for form in FORMS for example in form.EXAMPLES]
+CASES = [
+    pytest.param(form, example, id=f"{name_of(form)}-{example.__name__}") for form in FORMS for example in form.EXAMPLES
+]
 
 
 def build(form, example, **sizes):
@@ -32,7 +34,8 @@ def reference(form, layer, x):
     with torch.no_grad():
         w, ids = layer.router(x)
     experts = Experts(
-        layer.experts, layer.hidden, layer.inter, Weight((layer.w13.detach(),), True), Weight((layer.w2.detach(),), True),
+        layer.experts, layer.hidden, layer.inter, Weight((layer.w13.detach(),), True),
+        Weight((layer.w2.detach(),), True),
         activation=Activation("silu"),
     )  # fmt: skip
     return MoE(x, ids, w, layer.top_k, experts).reference(torch.float64)
@@ -61,7 +64,9 @@ def test_nothing_of_the_experts_is_left(form, example):
     outcome = rewritten(layer, tokens(layer, 6))
     left = [str(n.target) for n in outcome.graphs[0].graph.nodes if n.op.startswith("call")]
     assert sum("linear" in t for t in left) == 1
-    assert not any(part in t for t in left for part in ("silu", "gelu", "bmm", "index_add", "where", "nonzero", "_assert"))
+    assert not any(
+        part in t for t in left for part in ("silu", "gelu", "bmm", "index_add", "where", "nonzero", "_assert")
+    )
 
 
 @pytest.mark.parametrize("form, example", CASES)
