@@ -22,11 +22,21 @@ from ..spec import NoMatch
 from ..torch_compat import statically_true
 
 
-class Atom(NamedTuple):
-    """One index space of a tensor dimension; ``size`` is an int or a symbolic integer."""
+@dataclass(frozen=True, eq=False)
+class Atom:
+    """One index space of a tensor dimension; ``size`` is an int or a symbolic integer.
+
+    Equal means the same name and sizes that are known to be equal: comparing symbols must not add guards.
+    """
 
     name: str
     size: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Atom) and self.name == other.name and same(self.size, other.size)
+
+    def __hash__(self) -> int:
+        return hash(self.name)
 
 
 Dim = tuple[Atom, ...]

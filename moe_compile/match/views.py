@@ -147,7 +147,7 @@ def take(fact: Any, dim: int, start: int, stop: int, step: int) -> Fact | None:
     label: Dim = fact.dims[dim]
     if len(label) != 1:
         return None
-    name, size = label[0]
+    name, size = label[0].name, label[0].size
     count = len(range(start, stop, step))
     rest = (Atom(name, count),) if count != 1 else ()
     dims = (*fact.dims[:dim], rest, *fact.dims[dim + 1 :])

@@ -4,7 +4,7 @@ Shape legend: see ``spec.py``. Pairs are sorted by expert, so every expert that 
 rows. Experts are taken in blocks whose intermediate rows stay in cache: first GEMMs, activation, second
 GEMMs. One weighted sum in a fixed order ends it.
 
-How the GEMMs of one call run is decided once, from its shape alone (``_choose``), because BLAS differs:
+How the GEMMs of a call run is decided from its shape alone (``_choose``), because BLAS differs:
 
 * bf16/fp16 without CPU instructions for it: PyTorch's own loop wins for a few rows (it reads half the
   bytes), else weights are upcast tile by tile into a float32 scratch: 2 to 8 times faster, more accurate.
@@ -63,16 +63,21 @@ class Projection:
             self.scratch = torch.empty_permuted((inner, tile), order, dtype=method.dtype)
 
     def __call__(self, runs: list[Segment], rows: Tensor, out: Tensor | None = None) -> Tensor:
-        """The rows of one block, into ``out`` (row-major) when given."""
-        buffer = out  # [n, out]
+        """The rows of one block (or one row for all runs), into ``out`` (row-major) when given."""
+        buffer, n = out, runs[-1][2] if runs else 0
         if buffer is None or self.layout != (0, 1):
-            buffer = torch.empty_permuted((len(rows), self.width), self.layout, dtype=rows.dtype)
+            buffer = torch.empty_permuted((n, self.width), self.layout, dtype=rows.dtype)  # [n, out]
         sizes = [end - start for _, start, end in runs]
-        xs, ys = rows.split_with_sizes(sizes), buffer.split_with_sizes(sizes)
-        multiply = _multiply if self.scratch is None else self._upcast
+        xs = rows.split_with_sizes(sizes) if len(rows) == n else [rows] * n
+        ys = buffer.split_with_sizes(sizes)
         for (expert, _, _), x, y in zip(runs, xs, ys, strict=True):
             weight = self.weight[expert] if self.stacked else self.weight[expert].t()  # [in, out]
-            multiply(x, weight, self.bias[expert] if self.biased else None, y)
+            if self.scratch is not None:
+                self._upcast(x, weight, self.bias[expert] if self.biased else None, y)
+            elif self.biased:
+                torch.addmm(self.bias[expert], x, weight, out=y)
+            else:
+                torch.mm(x, weight, out=y)
         return buffer if out is None or out is buffer else out.copy_(buffer)
 
     def _upcast(self, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
@@ -81,14 +86,9 @@ class Projection:
         for start in range(0, self.width, step):
             part = slice(start, start + step)
             tile = self.scratch[:, : self.width - start].copy_(weight[:, part])
-            _multiply(x, tile, None if bias is None else bias[part].to(tile.dtype), y[:, part])
-
-
-def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
-    if bias is None:
-        torch.mm(x, weight, out=y)
-    else:
-        torch.addmm(bias, x, weight, out=y)
+            torch.mm(x, tile, out=y[:, part])
+        if bias is not None:
+            y.add_(bias)
 
 
 class Layer(NamedTuple):
@@ -105,7 +105,7 @@ class Layer(NamedTuple):
         rows = rows.to(self.method.dtype)  # [n, H]
         hidden = [project(runs, rows).to(self.wide) for project in self.first]  # [n, I or 2I]
         if self.activation.gated and len(hidden) == 1:
-            h = hidden[0]
+            (h,) = hidden
             hidden = [h[:, 0::2], h[:, 1::2]] if self.interleaved else list(h.chunk(2, dim=1))
         inner = _activate(self.activation, *hidden).to(self.method.dtype)  # [n, I]
         return self.down(runs, inner.contiguous() if self.method.repack else inner, out)
@@ -132,8 +132,8 @@ def _experts(
             return Layer(first, Projection(w2, b2, method), act, interleaved, method, wide)
 
         run = _one_token if len(topk_ids) == 1 else _many_tokens
-        result = run(layer, hidden_states, topk_weights, topk_ids, experts, weight_on_input)
-        return result.to(out_dtype or hidden_states.dtype)
+        total = run(layer, hidden_states, topk_weights, topk_ids, experts, weight_on_input)
+        return total.to(out_dtype or hidden_states.dtype)
 
 
 def _one_token(
@@ -145,10 +145,9 @@ def _one_token(
     network = layer(len(valid), len(valid))
     scale = topk_weights.reshape(-1, 1).to(network.wide)  # [K, 1]
     scale = scale if len(valid) == len(ids) else scale[valid]
-    rows = hidden_states.expand(len(valid), -1)  # [n, H]
-    rows = rows.to(network.wide) * scale if on_input else rows
-    result = network([(ids[k], row, row + 1) for row, k in enumerate(valid)], rows).to(network.wide)
-    return (result if on_input else result * scale).sum(0, keepdim=True)  # [1, H]
+    rows = hidden_states * scale if on_input else hidden_states  # [n, H] or [1, H]
+    result = network([(ids[k], row, row + 1) for row, k in enumerate(valid)], rows)  # [n, H]
+    return (result.to(network.wide) if on_input else result * scale).sum(0, keepdim=True)
 
 
 def _many_tokens(
@@ -163,7 +162,7 @@ def _many_tokens(
     for start, end, runs in _blocks(segments, row_bytes):
         rows = hidden_states.index_select(0, order[start:end] // top_k)  # [n, H]
         if on_input:
-            rows = rows.to(network.wide) * topk_weights.reshape(-1, 1)[order[start:end]].to(network.wide)
+            rows = rows * topk_weights.reshape(-1, 1)[order[start:end]].to(network.wide)
         network(runs, rows, result[start:end])
     return _weighted_sum(result, position, pairs, None if on_input else topk_weights, top_k)
 
@@ -204,7 +203,7 @@ def _sort(topk_ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     """Expert of every pair in sorted order (E when out of range), and the pair numbers in that order."""
     # -1 and E, the borders that clamp leaves, are the same modulo E + 1.
     key = topk_ids.reshape(-1).clamp(-1, experts).remainder_(experts + 1)  # [P]
-    return torch.sort(key, stable=True)
+    return torch.sort(key, stable=True)  # [P], [P]
 
 
 def _invert(order: Tensor, pairs: int) -> Tensor:
@@ -214,7 +213,7 @@ def _invert(order: Tensor, pairs: int) -> Tensor:
 
 def _route(topk_ids: Tensor, experts: int) -> tuple[Tensor, Tensor, list[Segment]]:
     """The pair of every row [S], the row of every pair [P], and each expert's rows."""
-    key, order = _sort(topk_ids, experts)  # [P], [P]
+    key, order = _sort(topk_ids, experts)
     hit, counts = torch.unique_consecutive(key, return_counts=True)
     segments: list[Segment] = []
     pairs = 0
@@ -237,8 +236,7 @@ def _blocks(segments: list[Segment], row_bytes: int) -> Iterator[tuple[int, int,
             if runs and end - start > limit:
                 yield start, begin, runs
                 runs = []
-            if not runs:
-                start = begin
+            start = start if runs else begin
             runs.append((expert, begin - start, end - start))
     if runs:
         yield start, start + runs[-1][2], runs
@@ -260,8 +258,7 @@ def _choose(dtype: torch.dtype, pairs: int, hit: int, roles: Sequence[Tensors]) 
 def _native_gemm(dtype: torch.dtype) -> bool:
     """Whether this CPU and this build of PyTorch multiply ``dtype`` matrices without emulation."""
     name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
-    probe = getattr(torch.ops.mkldnn, name, None)
-    return probe is not None and bool(probe())
+    return bool(getattr(torch.ops.mkldnn, name, lambda: False)())
 
 
 _activation = lru_cache(maxsize=64)(Activation.from_args)
@@ -287,7 +284,7 @@ def _weighted_sum(rows: Tensor, position: Tensor, pairs: int, weights: Tensor | 
     """``[T, H]`` in the accumulation dtype, summed in the order of k; reads the first ``pairs`` rows."""
     total = len(position)
     wide = _accumulator(rows.dtype)
-    if pairs == 0:
+    if pairs == 0:  # embedding_bag wants at least one row
         return rows.new_zeros(total // top_k, rows.shape[1], dtype=wide)
     weights = None if weights is None else weights.reshape(-1).to(wide)
     skipped = pairs if pairs < total else None  # embedding_bag never reads its padding row

@@ -47,7 +47,7 @@ class Sample:
 
 def route(t: int, k: int, e: int, generator: torch.Generator) -> Tensor:
     """K different experts for every token."""
-    return torch.rand(t, e, generator=generator).argsort(1)[:, :k].contiguous()
+    return torch.rand(t, e, generator=generator).argsort(1)[:, :k].clone(memory_format=torch.contiguous_format)
 
 
 def make(
