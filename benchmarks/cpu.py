@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import sys
 import time
@@ -118,19 +119,28 @@ def case(dtype: torch.dtype, tokens: int, seconds: float) -> dict[str, Any]:
     }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """A markdown table of all cases."""
-    lines = [
-        "| dtype | T | transformers grouped_mm, ms | moe_compile, ms | speed-up | error, theirs | error, ours |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
+def table(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """All cases in the form that ``benchmarks/tables.py`` puts into the docs."""
+    columns = ["dtype", "T", "transformers, ms", "moe_compile, ms", "speed-up", "error, theirs", "error, ours"]
+    cells = []
     for r in rows:
         ms, err = r["median_ms"], r["relative_error"]
-        lines.append(
-            f"| {r['dtype']} | {r['tokens']} | {ms['transformers']:.2f} | {ms['moe_compile']:.2f} "
-            f"| {r['speedup']:.2f} | {err['transformers']:.1e} | {err['moe_compile']:.1e} |"
-        )
-    return "\n".join(lines)
+        times = [f"{ms[name]:.2f}" for name in ("transformers", "moe_compile")]
+        errors = [f"{err[name]:.1e}" for name in ("transformers", "moe_compile")]
+        cells.append([r["dtype"], r["tokens"], *times, f"{r['speedup']:.2f}", *errors])
+    return {"columns": columns, "rows": cells}
+
+
+def markdown(table: dict[str, list[Any]]) -> str:
+    lines = [table["columns"], ["---"] * len(table["columns"]), *table["rows"]]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def processor() -> str:
+    """The processor's name; Linux keeps it where ``platform`` does not look."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.is_file() else []
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def main() -> None:
@@ -144,7 +154,7 @@ def main() -> None:
     result = {
         "layer": {"E": E, "K": K, "H": H, "I": I},
         "machine": {
-            "processor": platform.processor() or platform.machine(),
+            "processor": processor(),
             "capability": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
             "load_before": load,
@@ -152,11 +162,12 @@ def main() -> None:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
+        "table": table(rows),
         "cases": rows,
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(table(rows))
+    print(markdown(result["table"]))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """CPU implementations of ``torch.ops.moe_compile.*``: grouped, in plain PyTorch ops.
 
-Shape legend: see ``spec.py``. Pairs are sorted by expert, so every expert that was hit owns one run of
-rows. Experts are taken in blocks whose intermediate rows stay in cache: first GEMMs, activation, second
-GEMMs. One weighted sum in a fixed order ends it.
+Shape legend: see ``spec.py``. Pairs are sorted by expert, and experts taken in blocks whose intermediate
+rows stay in cache: first GEMMs, activation, second GEMMs. A weighted sum in a fixed order ends it.
 
 How the GEMMs of a call run is decided from its shape alone (``_choose``), because BLAS differs:
 
@@ -73,19 +72,18 @@ class Projection:
         for (expert, _, _), x, y in zip(runs, xs, ys, strict=True):
             weight = self.weight[expert] if self.stacked else self.weight[expert].t()  # [in, out]
             if self.scratch is not None:
-                self._upcast(x, weight, self.bias[expert] if self.biased else None, y)
+                self._upcast(x, weight, self.bias[expert] if self.biased else None, y, self.scratch)
             elif self.biased:
                 torch.addmm(self.bias[expert], x, weight, out=y)
             else:
                 torch.mm(x, weight, out=y)
         return buffer if out is None or out is buffer else out.copy_(buffer)
 
-    def _upcast(self, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
-        assert self.scratch is not None
-        step = self.scratch.shape[1]
+    def _upcast(self, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, scratch: Tensor) -> None:
+        step = scratch.shape[1]
         for start in range(0, self.width, step):
             part = slice(start, start + step)
-            tile = self.scratch[:, : self.width - start].copy_(weight[:, part])
+            tile = scratch[:, : self.width - start].copy_(weight[:, part])
             torch.mm(x, tile, out=y[:, part])
         if bias is not None:
             y.add_(bias)
@@ -201,8 +199,7 @@ def _combine(
 
 def _sort(topk_ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     """Expert of every pair in sorted order (E when out of range), and the pair numbers in that order."""
-    # -1 and E, the borders that clamp leaves, are the same modulo E + 1.
-    key = topk_ids.reshape(-1).clamp(-1, experts).remainder_(experts + 1)  # [P]
+    key = topk_ids.reshape(-1).clamp(-1, experts).remainder_(experts + 1)  # -1 becomes E, as E does
     return torch.sort(key, stable=True)  # [P], [P]
 
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,18 +23,20 @@ CAPACITY = 4096  # about 1 kB of device memory each for 128 experts; a large mod
 VECTOR_BYTES = 16
 
 
-class Table(NamedTuple):
-    """A filled table, or one whose copy is under way on ``stream`` until ``ready``."""
+@dataclass
+class Table:
+    """A filled table; ``streams`` are those that have waited for its copy."""
 
     tensor: Tensor  # int64 [E]
     aligned: bool
-    stream: int
     ready: Any
+    streams: set[Any] = field(default_factory=set)
 
 
 _tables: OrderedDict[tuple[Any, ...], Table] = OrderedDict()
 _held: dict[tuple[Any, ...], Table] = {}
 _sources: dict[tuple[Any, ...], Tensor] = {}
+_side: dict[torch.device, Any] = {}
 
 
 def pointer_table(parts: Sequence[Tensor], role: str) -> tuple[Tensor, bool]:
@@ -54,17 +57,23 @@ def pointer_table(parts: Sequence[Tensor], role: str) -> tuple[Tensor, bool]:
         table = _fill(pointers, first.device)
         _tables[key] = table
         if len(_tables) > CAPACITY:
-            _tables.popitem(last=False)
-        return table.tensor, table.aligned
+            _evict()
     if capturing:
         _held[key] = table
-    else:
-        _tables.move_to_end(key)
-        stream = torch.cuda.current_stream(first.device)
-        if stream.cuda_stream != table.stream:
-            stream.wait_event(table.ready)
-            table.tensor.record_stream(stream)
+        return table.tensor, table.aligned
+    _tables.move_to_end(key)
+    stream = torch.cuda.current_stream(first.device)
+    if stream not in table.streams:
+        stream.wait_event(table.ready)
+        table.streams.add(stream)
     return table.tensor, table.aligned
+
+
+def _evict() -> None:
+    """Drop the table used least recently; its memory waits for the streams that may still read it."""
+    _, table = _tables.popitem(last=False)
+    for stream in table.streams:
+        table.tensor.record_stream(stream)
 
 
 def check_alike(parts: Sequence[Tensor], role: str) -> None:
@@ -86,12 +95,17 @@ def check_alike(parts: Sequence[Tensor], role: str) -> None:
 
 
 def _fill(pointers: tuple[int, ...], device: torch.device) -> Table:
+    """Copy on a stream of our own: a table outlives the call, so it must not come from a graph's private pool
+    (CUDA-graph trees run their warm-up with such a pool on the current stream)."""
+    side = _side.get(device)
+    if side is None:
+        side = _side[device] = torch.cuda.Stream(device)
     source = torch.tensor(pointers, dtype=torch.int64, pin_memory=True)
-    tensor = source.to(device, non_blocking=True)
-    stream = torch.cuda.current_stream(device)
-    ready = torch.cuda.Event()
-    ready.record(stream)
-    return Table(tensor, _aligned(pointers), stream.cuda_stream, ready)
+    with torch.cuda.stream(side):
+        tensor = source.to(device, non_blocking=True)
+        ready = torch.cuda.Event()
+        ready.record(side)
+    return Table(tensor, _aligned(pointers), ready)
 
 
 def _fill_in_capture(key: tuple[Any, ...], pointers: tuple[int, ...], device: torch.device) -> Tensor:
