@@ -7,7 +7,6 @@ both only for compilations of this backend.
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from torch import fx
 
 from . import capture, huggingface, ops, torch_compat
-from .config import Options, enabled, split_options
+from .config import OptionError, Options, enabled, split_options
 from .report import REFUSED, Site, record
 from .rewrite import Result, analyse_graph, rewrite_graph
 from .verify import compare_first_call
@@ -46,12 +45,23 @@ def moe_compile(
     chosen = Options.resolve(ours)
     original: fx.GraphModule | None = None
     if enabled():
-        keep = copy.copy(gm.graph) if chosen.verify else None
+        _require_kernels(chosen.experts, example_inputs)
         result = attempt(gm, chosen)
-        if keep is not None and result.plans:
-            original = fx.GraphModule(gm, keep)
+        if chosen.verify and result.original is not None:
+            original = fx.GraphModule(gm, result.original)
     compiled = torch_compat.inductor(gm, example_inputs, mode, theirs)
     return compare_first_call(original, compiled) if original is not None else compiled
+
+
+def _require_kernels(experts: str, example_inputs: Sequence[Any]) -> None:
+    """Refuse kernels that were named but cannot run on the devices of the inputs."""
+    wanted = {"triton": "cuda", "cpu": "cpu"}.get(experts)
+    for value in example_inputs:
+        if wanted is not None and isinstance(value, torch.Tensor) and value.device.type != wanted:
+            raise OptionError(
+                f"option experts={experts!r} runs on {wanted}, but an input {list(value.shape)} is on {value.device}; "
+                "move the model and its inputs, or use experts='auto'"
+            )
 
 
 def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> None:
@@ -62,18 +72,15 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options)
 
 def attempt(gm: fx.GraphModule, options: Options) -> Result:
     """Rewrite ``gm`` in place; whatever goes wrong leaves it as it was and becomes a report row."""
-    before = copy.copy(gm.graph)
     try:
         result = analyse_graph(gm) if options.dryrun else rewrite_graph(gm)
     except Exception as error:  # a bug of ours must not fail the user's compile
         log.warning("rewrite failed, the original program runs: %s: %s", type(error).__name__, error)
         log.debug("details", exc_info=True)
-        gm.graph = before
-        gm.recompile()
-        result = Result(failed=f"{type(error).__name__}: {error}")
-        result.sites.append(Site(REFUSED, code="MC508", reason=f"the rewrite failed with {result.failed}"))
+        reason = f"the rewrite failed with {type(error).__name__}: {error}"
+        result = Result([Site(REFUSED, code="MC508", reason=reason)])
         if options.strict:
-            raise RewriteError(result.sites[-1].reason) from error
+            raise RewriteError(reason) from error
     for site in result.sites:
         record(site)
     refused = [s for s in result.sites if s.status == REFUSED]

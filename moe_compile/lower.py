@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from . import ops as ops  # the calls made here need the ops to be registered
 from .canonical import Canonical, shape_of, value
 from .legality import Region, is_size_check
 from .match.engine import writes
@@ -118,7 +119,7 @@ class _Cursor:
 
 def _call(c: _Cursor, p: Plan) -> fx.Node:
     """The op call (or the sequence around a custom activation), in the shape of the original output."""
-    moe, ops = p.found.moe, torch.ops.moe_compile
+    moe, namespace = p.found.moe, torch.ops.moe_compile
     ex, leaves = moe.experts, p.leaves
     x_shape, out_shape = shape_of(moe.hidden_states.node), shape_of(p.found.output)
     x = leaves[moe.hidden_states]
@@ -130,7 +131,7 @@ def _call(c: _Cursor, p: Plan) -> fx.Node:
     w1, w3, w2, b1, b3, b2 = (_role(c, w, leaves) for w in (ex.w1, ex.w3, ex.w2, ex.b1, ex.b3, ex.b2))
     if ex.activation is not None:
         out = c.call(
-            ops.experts.default,
+            namespace.experts.default,
             (flat, weights, ids, w1, w3, w2, b1, b3, b2, ex.activation.name, ex.activation.args(), ex.activation.gated),
             {"interleaved": ex.interleaved, "weight_on_input": moe.weight_on_input, "out_dtype": moe.out_dtype},
         )
@@ -190,11 +191,11 @@ def _cut(c: _Cursor, handle: Handle, node: fx.Node, stacked: bool) -> fx.Node:
 
 def _custom(c: _Cursor, p: Plan, x: fx.Node, ids: fx.Node, weights: fx.Node, roles: Any) -> fx.Node:
     """Sort, gather, GEMM, the user's own row-wise expression in fp32 or better, GEMM, combine."""
-    moe, ops = p.found.moe, torch.ops.moe_compile
+    moe, namespace = p.found.moe, torch.ops.moe_compile
     w1, w3, w2, b1, b3, b2 = roles
     dtype = value(moe.hidden_states.node).dtype
     wide = torch.promote_types(dtype, torch.float32)
-    pairs = c.call(ops.sort_pairs.default, (ids, moe.experts.num_experts))
+    pairs = c.call(namespace.sort_pairs.default, (ids, moe.experts.num_experts))
     order = c.call(operator.getitem, (pairs, 0))
     offsets = c.call(operator.getitem, (pairs, 1))
     tokens = c.call(torch.floor_divide, (order, moe.top_k))
@@ -206,12 +207,12 @@ def _custom(c: _Cursor, p: Plan, x: fx.Node, ids: fx.Node, weights: fx.Node, rol
     middle, inner = moe.experts.custom
     made: dict[Any, fx.Node] = {}
     for expr, w, b in zip(inner, (w1, w3), (b1, b3), strict=False):
-        h = c.call(ops.grouped_linear.default, (rows, w, b, offsets))
+        h = c.call(namespace.grouped_linear.default, (rows, w, b, offsets))
         made[expr] = c.call(torch.Tensor.to, (h, wide))
     h = c.call(torch.Tensor.to, (_emit(c, middle, made), dtype))
-    y = c.call(ops.grouped_linear.default, (h, w2, b2, offsets))
+    y = c.call(namespace.grouped_linear.default, (h, w2, b2, offsets))
     scale = None if moe.weight_on_input else weights
-    return c.call(ops.combine.default, (y, order, offsets, scale, moe.top_k), {"out_dtype": moe.out_dtype})
+    return c.call(namespace.combine.default, (y, order, offsets, scale, moe.top_k), {"out_dtype": moe.out_dtype})
 
 
 def _emit(c: _Cursor, expr: Any, made: dict[Any, fx.Node]) -> Any:

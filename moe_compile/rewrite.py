@@ -35,7 +35,7 @@ class Result:
 
     sites: list[Site] = field(default_factory=list)
     plans: list[lower.Plan] = field(default_factory=list)
-    failed: str = ""
+    original: fx.Graph | None = None
 
 
 def facts_of(copy: Canonical) -> Engine:
@@ -95,12 +95,19 @@ def analyse_graph(gm: fx.GraphModule) -> Result:
 
 
 def rewrite_graph(gm: fx.GraphModule) -> Result:
-    """``analyse_graph``, then replace every proved layer of ``gm`` by its op."""
+    """``analyse_graph``, then replace every proved layer of ``gm`` by its op; a failure leaves ``gm`` as it was."""
     result = analyse_graph(gm)
-    for plan in result.plans:
-        lower.lower(plan)
-    if result.plans:
+    if not result.plans:
+        return result
+    result.original = torch_compat.copy_graph(gm.graph)
+    try:
+        for plan in result.plans:
+            lower.lower(plan)
         gm.graph.lint()
+    except Exception:
+        gm.graph = result.original
+        raise
+    finally:
         gm.recompile()
     return result
 

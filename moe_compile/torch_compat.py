@@ -5,6 +5,7 @@ Checked on torch 2.11.0 and 2.13.0; the hooks themselves were also read or run o
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -70,6 +71,15 @@ def trace_pre_dispatch(
         fake.shape_env.ignore_fresh_unbacked_symbols(),
     ):
         return make_fx(Recorder(gm).run, pre_dispatch=True, _allow_fake_constant=True)(*values)
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A copy that Inductor takes like the original: placeholders keep Dynamo's sources."""
+    twin = copy.deepcopy(graph)
+    for old, new in zip(graph.nodes, twin.nodes, strict=True):
+        if old.op == "placeholder" and hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
+    return twin
 
 
 def inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None, options: dict[str, Any]) -> Any:

@@ -7,8 +7,8 @@ How the GEMMs of a call run is decided from its shape alone (``_choose``), becau
 
 * bf16/fp16 without CPU instructions for it: PyTorch's own loop wins for a few rows (it reads half the
   bytes), else weights are upcast tile by tile into a float32 scratch: 2 to 8 times faster, more accurate.
-* ``out.T = W @ rows.T`` beats ``rows @ W.T`` by up to 2 times for 2 to 100 rows of an expert. The layout
-  of the output buffer is what selects it: ``mm`` passes column-major outputs to BLAS as they are.
+* ``out.T = W @ rows.T`` beats ``rows @ W.T`` by up to 2 times for 2 to 100 rows of an expert (but loses to
+  it by 8 where weights are transposed views). The layout of the output buffer is what selects it.
 """
 
 from __future__ import annotations
@@ -240,14 +240,13 @@ def _blocks(segments: list[Segment], row_bytes: int) -> Iterator[tuple[int, int,
 
 
 def _choose(dtype: torch.dtype, pairs: int, hit: int, roles: Sequence[Tensors]) -> Method:
-    """Pick the method from the mean number of rows of an expert; figures in ``benchmarks/results``."""
+    """Pick the method from the mean number of rows of an expert; both tricks need weights dense in ``in``."""
+    row_major = all(r[0].stride(-1) == 1 for r in roles if r)
     if dtype in (torch.bfloat16, torch.float16):
-        # Without instructions for the type, PyTorch's loop is fast along ``in`` only.
-        few = pairs <= NATIVE_ROWS * hit and all(r[0].stride(-1) == 1 for r in roles if r)
-        if few or _native_gemm(dtype):
+        if (row_major and pairs <= NATIVE_ROWS * hit) or _native_gemm(dtype):
             return Method(dtype, columns=False, repack=False)
         dtype = torch.float32
-    columns = hit < pairs <= COLUMN_ROWS * hit
+    columns = row_major and hit < pairs <= COLUMN_ROWS * hit
     return Method(dtype, columns, repack=columns and pairs < STRIDED_ROWS * hit)
 
 
