@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from . import hf_trace
+from .config import OptionError, Options, enabled
 from .hf_classes import FAMILIES, STACKED, defining_class
 from .hf_dispatch import dispatch, eager_verdict, record_refused, run_traced
 from .spec import NoMatch
@@ -151,7 +152,7 @@ def _require_transformers() -> None:
 # --- per instance ---------------------------------------------------------------------------------
 
 
-def optimize(model: Model, *, strict: bool = False) -> Model:
+def optimize(model: Model, **options: Any) -> Model:
     """Let the MoE modules inside ``model`` run our ops, in place, in eager mode and under any backend.
 
     Only the ``forward`` attribute of those module instances is set: parameters, state_dict keys,
@@ -160,16 +161,23 @@ def optimize(model: Model, *, strict: bool = False) -> Model:
 
     Args:
         model: any module; one without known MoE modules comes back unchanged.
-        strict: raise instead of leaving a module as it is.
+        **options: ``strict`` (raise instead of leaving a module as it is) and ``dryrun`` (report, change nothing)
+            of ``moe_compile.config.Options``; the other options belong to ``torch.compile``.
 
     Returns:
         The same object.
 
     Raises:
         ImportError: transformers is not installed.
+        OptionError: an unknown option, or one that only ``torch.compile`` takes.
         NoMatch: ``strict`` and a module is refused, or there is none to rewrite. Nothing was changed.
     """
     _require_transformers()
+    settings = Options.resolve(options)
+    foreign = sorted(set(options) - {"strict", "dryrun"})
+    if foreign:
+        raise OptionError(f"optimize takes the options strict and dryrun, not {', '.join(foreign)}")
+    strict = settings.strict
     chosen = []
     for module in model.modules():
         name = _family_name(module)
@@ -186,7 +194,7 @@ def optimize(model: Model, *, strict: bool = False) -> Model:
             raise refusal
     if strict and not chosen and not any(_is_optimized(module) for module in model.modules()):
         raise NoMatch("MC206", f"{type(model).__name__} holds no known Hugging Face MoE module")
-    for module, name in chosen:
+    for module, name in chosen if enabled() and not settings.dryrun else ():
         # a partial rather than a closure: it survives deepcopy and pickle with the right module
         module.forward = functools.partial(_optimized_forward, module, name)
     return model

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import hf_models
 import hf_table as table
 import pytest
 import torch
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, MixtralConfig
 
+import moe_compile
 from moe_compile import huggingface, report
+from moe_compile.config import OptionError
 from moe_compile.ops import cpu as cpu  # the kernels that the comparisons run
 from moe_compile.report import REFUSED, REWRITTEN, Report
 from moe_compile.spec import Activation, NoMatch
@@ -564,3 +567,16 @@ def test_whole_model_is_one_graph(model_type: str) -> None:
     else:
         assert ops() == FUSED * len(found.rewritten) and found.rewritten and not found.refused
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_optimize_takes_known_options_only() -> None:
+    with pytest.raises(OptionError, match="strict"):
+        moe_compile.optimize(nn.Linear(2, 2), stric=True)
+    with pytest.raises(OptionError, match="verify"):
+        moe_compile.optimize(nn.Linear(2, 2), verify=True)
+
+
+def test_dryrun_changes_nothing() -> None:
+    model = hf_models.build("mixtral")
+    moe_compile.optimize(model, dryrun=True)
+    assert not any("forward" in module.__dict__ for module in model.modules())

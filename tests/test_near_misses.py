@@ -179,6 +179,7 @@ def test_is_left_alone_with_the_reason(name):
     (site,) = outcome.sites
     assert site.status == "refused" and site.reason and site.location
     assert code is None or site.code == code, site
+    assert site.form == ("index_add_loop" if issubclass(layer_class, Loop) else "dense_loop"), site
     with torch.no_grad():
         torch.manual_seed(1)
         assert torch.equal(outcome.out, layer(x))

@@ -9,15 +9,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 
-H200_SHARED_BYTES = 227 * 1024
 PATHS = ("gemv", "decode", "sorted")
 
 GEMV_TOKENS = 2  # up to here one pair per program wins; from 4 tokens on the tensor cores do
 DECODE_TOKENS = 64  # up to here every hit expert's rows are found without a sort
 DECODE_TOKENS_SPARSE = 128  # the same where few rows meet in one expert
 DECODE_ROWS_SPARSE = 8.0
+TMA_ROWS = 256  # mean rows per expert from which on descriptors win
 DECODE_IDS = 4096  # ids that one program of the decode kernel holds in registers
+
+
+class Device(NamedTuple):
+    """What a plan needs to know about a device: shared bytes of one program, processors, whether it has TMA."""
+
+    shared: int = 227 * 1024
+    processors: int = 132
+    tma: bool = True
+
+
+H200 = Device()
 
 
 @dataclass(frozen=True)
@@ -25,7 +37,9 @@ class Tiles:
     """The compile-time shape of one GEMM. ``wn`` counts the weight rows of one step, gate and up together.
 
     ``tail`` allows the last tile of an expert to be computed at 1/2 (1) or also 1/4 (2) of ``bm``;
-    ``group`` row tiles share a sweep over the columns, so that weights and rows stay in L2.
+    ``group`` row tiles share a sweep over the columns, so that weights and rows stay in L2. ``tma``: weights
+    by descriptor, ``rows_tma``: rows too (without ``tail``: a descriptor has one height). ``programs`` > 0:
+    that many programs share all tiles.
     """
 
     bm: int
@@ -37,6 +51,9 @@ class Tiles:
     tail: int = 0
     group: int = 1
     evict: str = ""
+    tma: bool = False
+    rows_tma: bool = False
+    programs: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,16 +91,26 @@ def select(
     hidden: int,
     inter: int,
     elements: int,
-    shared: int = H200_SHARED_BYTES,
+    device: Device = H200,
+    tma: tuple[bool, bool] = (False, False),
 ) -> Plan:
-    """Tiles of a path. ``elements`` is bytes per element, ``shared`` bytes of shared memory per program."""
+    """Tiles of a path.
+
+    Args:
+        elements: bytes of one element.
+        tma: whether descriptors can hold the weights of the two GEMMs.
+    """
     if elements == 4 or hidden % 8 or inter % 8:
         up, down = _small(path)
     elif path == "sorted":
-        up, down = _sorted(tokens * top_k / experts)
+        mean = tokens * top_k / experts
+        up, down = _sorted(mean)
+        if mean >= TMA_ROWS and device.tma:
+            up_tma, down_tma = _described(mean, device.processors)
+            up, down = up_tma if tma[0] else up, down_tma if tma[1] else down
     else:
         up, down = _decode(tokens)
-    return Plan(path, _fit(up, hidden, elements, shared), _fit(down, inter, elements, shared))
+    return Plan(path, _fit(up, hidden, elements, device.shared), _fit(down, inter, elements, device.shared))
 
 
 def _decode(tokens: int) -> tuple[Tiles, Tiles]:
@@ -107,6 +134,14 @@ def _sorted(mean: float) -> tuple[Tiles, Tiles]:
     return Tiles(128, 256, 64, 8, 3, False, tail, 16), Tiles(128, 256, 64, 8, 3, False, tail, 8)
 
 
+def _described(mean: float, processors: int) -> tuple[Tiles, Tiles]:
+    many = mean > 1024
+    return (
+        Tiles(128, 256, 64, 8, 3 if many else 4, False, 0 if many else 1, 8, tma=True),
+        Tiles(128, 256, 64, 8, 3, False, 0, 16, tma=True, rows_tma=True, programs=processors),
+    )
+
+
 def _small(path: str) -> tuple[Tiles, Tiles]:
     """Exact fp32 runs on the CUDA cores, and rows of odd length cannot be copied to shared memory in the
     background: with larger tiles both would run out of registers."""
@@ -120,7 +155,9 @@ def _fit(tiles: Tiles, depth: int, elements: int, shared: int) -> Tiles:
     if depth % tiles.bk and depth % (tiles.bk // 2) == 0 and tiles.bk > 64:
         tiles = replace(tiles, bk=tiles.bk // 2, stages=2 * tiles.stages - 2)
     stage = (tiles.bm + tiles.wn) * tiles.bk * elements
-    stages = min(tiles.stages, (shared - 8 * 1024) // stage)
+    # a program with several tiles holds the finished one beside the stages of the next
+    finished = tiles.bm * tiles.wn * elements if tiles.programs else 8 * 1024
+    stages = min(tiles.stages, (shared - finished) // stage)
     if stages < 2 and tiles.wn > 64:
         return _fit(replace(tiles, wn=tiles.wn // 2), depth, elements, shared)
     return replace(tiles, stages=max(1, stages))

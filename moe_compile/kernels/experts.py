@@ -13,12 +13,13 @@ from torch import Tensor
 from triton.runtime import driver
 
 from .combine import combine_pairs, combine_sorted, combine_twin
-from .config import H200_SHARED_BYTES, PATHS, choose_path, select
+from .config import H200, PATHS, Device, choose_path, select
 from .decode import decode_projection
 from .gemv import gemv_down, gemv_up
 from .grouped import gather_projection, projection_twin, sorted_projection
 from .sort import sort_pairs
 from .tile import Projection
+from .tma import AVAILABLE, CAPABILITY
 
 
 def run(
@@ -31,13 +32,13 @@ def run(
     weight_on_input: bool = False,
     out_dtype: torch.dtype | None = None,
     path: str | None = None,
-    shared: int = H200_SHARED_BYTES,
+    device: Device = H200,
 ) -> Tensor:
     """``x [T, H]``, ``weights [T, K]``, ``ids [T, K]`` -> ``[T, H]``.
 
     Args:
         path: one of ``config.PATHS`` to force it; default by the number of tokens.
-        shared: shared memory of one program on this device, in bytes.
+        device: what to plan for.
     """
     tokens, top_k = ids.shape
     dtype = out_dtype or x.dtype
@@ -58,7 +59,8 @@ def run(
     if path == "gemv":
         h = gemv_up(x, ids, experts, up, on_input)
         return gemv_down(h, ids, on_output, experts, down, dtype)
-    plan = select(path, tokens, top_k, experts, up.depth, up.columns, x.element_size(), shared)
+    tma = (up.describable, down.describable)
+    plan = select(path, tokens, top_k, experts, up.depth, up.columns, x.element_size(), device, tma)
     if path == "decode":
         h = decode_projection(x, ids, experts, up, plan.up, True, on_input)
         y = decode_projection(h, ids, experts, down, plan.down, False)
@@ -70,9 +72,12 @@ def run(
 
 
 @lru_cache(maxsize=64)
-def shared_bytes(device: int) -> int:
-    """Shared memory that one program may use on a CUDA device."""
-    return int(driver.active.utils.get_device_properties(device)["max_shared_mem"])
+def device_of(index: int) -> Device:
+    """The CUDA device with this index."""
+    properties = driver.active.utils.get_device_properties(index)
+    major, _ = torch.cuda.get_device_capability(index)
+    tma = AVAILABLE and torch.version.hip is None and major >= CAPABILITY
+    return Device(int(properties["max_shared_mem"]), int(properties["multiprocessor_count"]), tma)
 
 
 def run_twin(

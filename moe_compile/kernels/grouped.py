@@ -11,6 +11,8 @@ Shape legend: see ``spec.py``.
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -20,11 +22,12 @@ from .activation import activate_twin
 from .config import Tiles
 from .sort import Sorted, tile_table
 from .tile import Projection, expert_tile
+from .tma import describe, describe_rows, described_tile
 
 
 @triton.jit
 def _rows(
-    x, x_stride, order, scales, out, first, length, e, tn, N, D, W,
+    x, x_stride, xd, order, scales, out, first, length, e, tn, N, D, wd, ud, W,
     K: tl.constexpr, M: tl.constexpr, S: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """BM rows of one expert from sorted row ``first`` on, ``length`` of them real."""
@@ -33,19 +36,48 @@ def _rows(
     s = first + tl.where(ok, m, 0)
     if order is not None:
         pair = tl.load(order + s)
-        x_row = pair // K
+        x_row = (pair // K).to(tl.int64)
     else:
         pair = s
-        x_row = s
-    expert_tile(
-        x, x_stride, x_row.to(tl.int64), scales, pair, out, s.to(tl.int64), ok, e, tn, N, D, W, M, S, BM
-    )
+        x_row = s.to(tl.int64)
+    s = s.to(tl.int64)
+    if wd is None:
+        expert_tile(x, x_stride, x_row, scales, pair, out, s, ok, e, tn, N, D, W, M, S, BM)
+    else:
+        described_tile(
+            x, x_stride, x_row, xd, first, scales, pair, out, s, ok, e, tn, N, D, wd, ud, W, M, S, BM
+        )
+
+
+@triton.jit
+def _tile(
+    t, n_tiles, x, x_stride, xd, order, scales, offsets, tiles, out, capacity, N, D, wd, ud, W,
+    K: tl.constexpr, M: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, TAIL: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Tile number ``t`` of ``n_tiles`` row tiles times all columns."""
+    sweep = GROUP * tl.cdiv(N, S.bn)
+    inside = t % sweep
+    first = t // sweep * GROUP
+    rows_of_sweep = tl.minimum(n_tiles - first, GROUP)
+    tile = first + inside % rows_of_sweep
+    tn = inside // rows_of_sweep
+    e = tl.load(tiles + 1 + tile)
+    r = tl.load(tiles + 1 + capacity + tile)
+    n = tl.minimum(tl.load(offsets + e + 1) - r, BM)
+    # the last tile of an expert is often short: computing fewer rows costs only code size
+    if TAIL == 0 or n > BM // 2:
+        _rows(x, x_stride, xd, order, scales, out, r, n, e, tn, N, D, wd, ud, W, K, M, S, BM)
+    elif TAIL == 1 or n > BM // 4:
+        _rows(x, x_stride, xd, order, scales, out, r, n, e, tn, N, D, wd, ud, W, K, M, S, BM // 2)
+    else:
+        _rows(x, x_stride, xd, order, scales, out, r, n, e, tn, N, D, wd, ud, W, K, M, S, BM // 4)
 
 
 @triton.jit(do_not_specialize=["P", "E", "capacity"])
 def grouped_kernel(
     x,
     x_stride,
+    xd,
     order,
     scales,
     offsets,
@@ -56,6 +88,8 @@ def grouped_kernel(
     capacity,
     N,
     D,
+    wd,
+    ud,
     W,
     K: tl.constexpr,
     M: tl.constexpr,
@@ -63,28 +97,28 @@ def grouped_kernel(
     BM: tl.constexpr,
     TAIL: tl.constexpr,
     GROUP: tl.constexpr,
+    PROGRAMS: tl.constexpr,
     ZERO_REST: tl.constexpr,
 ):
-    """``order`` given: row ``order[s] // K`` of x; else row s of x. Writes ``out[s, :]``."""
+    """``order`` given: row ``order[s] // K`` of x; else row s of x. Writes ``out[s, :]``.
+
+    ``xd``, ``wd`` and ``ud`` are descriptors of x and of the weights, or None (see ``tma``). With PROGRAMS
+    every program takes its share of the tiles and loads the first steps of a tile while it ends the last.
+    """
     columns = tl.cdiv(N, S.bn)
     t = tl.program_id(0)
     n_tiles = tl.load(tiles)
-    if t < n_tiles * columns:
-        sweep = t // (GROUP * columns)
-        inside = t % (GROUP * columns)
-        rows_of_sweep = tl.minimum(n_tiles - sweep * GROUP, GROUP)
-        tile = sweep * GROUP + inside % rows_of_sweep
-        tn = inside // rows_of_sweep
-        e = tl.load(tiles + 1 + tile)
-        r = tl.load(tiles + 1 + capacity + tile)
-        n = tl.minimum(tl.load(offsets + e + 1) - r, BM)
-        # the last tile of an expert is often short: computing fewer rows costs only code size
-        if TAIL == 0 or n > BM // 2:
-            _rows(x, x_stride, order, scales, out, r, n, e, tn, N, D, W, K, M, S, BM)
-        elif TAIL == 1 or n > BM // 4:
-            _rows(x, x_stride, order, scales, out, r, n, e, tn, N, D, W, K, M, S, BM // 2)
-        else:
-            _rows(x, x_stride, order, scales, out, r, n, e, tn, N, D, W, K, M, S, BM // 4)
+    if PROGRAMS > 0:
+        for u in tl.range(t, n_tiles * columns, PROGRAMS, flatten=True):
+            _tile(
+                u, n_tiles, x, x_stride, xd, order, scales, offsets, tiles, out, capacity, N, D, wd, ud, W,
+                K, M, S, BM, TAIL, GROUP,
+            )  # fmt: skip
+    elif t < n_tiles * columns:
+        _tile(
+            t, n_tiles, x, x_stride, xd, order, scales, offsets, tiles, out, capacity, N, D, wd, ud, W,
+            K, M, S, BM, TAIL, GROUP,
+        )  # fmt: skip
     elif ZERO_REST:
         BN: tl.constexpr = S.bn
         rest = t - n_tiles * columns
@@ -113,10 +147,13 @@ def _launch(
         return out
     shape = projection.shape(plan)
     # zeroing the rest can need one row tile more than the table holds
-    grid = ((capacity + zero_rest) * -(-projection.columns // shape.bn),)
-    grouped_kernel[grid](
+    programs = (capacity + zero_rest) * -(-projection.columns // shape.bn)
+    weight, up = describe(projection, shape) if plan.tma else (None, None)
+    rows = describe_rows(x, plan.bm, plan.bk) if plan.rows_tma else None
+    grouped_kernel[(min(programs, plan.programs or programs),)](
         x,
         x.stride(0),
+        rows,
         order,
         scales,
         offsets,
@@ -127,6 +164,8 @@ def _launch(
         capacity,
         projection.columns,
         projection.depth,
+        weight,
+        up,
         projection.weights,
         K=top_k,
         M=projection.meaning,
@@ -134,6 +173,7 @@ def _launch(
         BM=plan.bm,
         TAIL=plan.tail,
         GROUP=plan.group,
+        PROGRAMS=plan.programs,
         ZERO_REST=zero_rest,
         num_warps=plan.warps,
         num_stages=plan.stages,
@@ -165,6 +205,8 @@ def sorted_projection(rows: Tensor, pairs: Sorted, projection: Projection, plan:
 
 def grouped_linear(rows: Tensor, offsets: Tensor, projection: Projection, plan: Tiles) -> Tensor:
     """``rows [P, D]`` under any ``offsets [E + 1]`` -> ``[P, N]``; rows from ``offsets[E]`` on are zero."""
+    # the rows may start anywhere, and late programs write the zeros
+    plan = replace(plan, rows_tma=False, programs=0)
     tiles, capacity = tile_table(offsets, rows.shape[0], plan.bm)
     return _launch(rows, None, None, offsets, tiles, capacity, rows.shape[0], 1, projection, plan, True)
 

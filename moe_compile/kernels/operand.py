@@ -65,6 +65,20 @@ class Operand(NamedTuple):
             ptr, expert = self.table, 0
         return Address(ptr, expert, strides[0], strides[1] if len(strides) > 1 else 0)
 
+    @property
+    def describable(self) -> bool:
+        """Whether a tensor descriptor (TMA) can hold the weights: stacked, dense rows, all of it on vectors.
+
+        The driver also wants every stride to be a multiple of the one below it.
+        """
+        if self.table is not None:
+            return False
+        w = self.first  # [E, out, in]
+        expert, out, inp = w.stride()
+        size = w.element_size()
+        even = out * size % VECTOR_BYTES == 0 and w.data_ptr() % VECTOR_BYTES == 0
+        return inp == 1 and even and out >= w.shape[2] and expert >= out and expert % out == 0
+
     def element(self) -> Any:
         """Element type behind the table, or None when stacked: a compile-time switch of the kernels."""
         return None if self.table is None else TRITON_TYPE[self.first.dtype]

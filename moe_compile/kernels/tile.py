@@ -106,9 +106,19 @@ class Projection:
             tiles.evict,
         )
 
+    @property
+    def describable(self) -> bool:
+        """Whether ``tma.describe`` can describe the weights."""
+        w, up = self.w, self.up
+        if not (w.describable and (up is None or up.describable)):
+            return False
+        # gate and up of all experts count as one dimension
+        expert, out, _ = w.first.stride()
+        return self.epilogue.layout != "concat" or expert == 2 * self.columns * out
+
 
 @triton.jit
-def _dot(a, w, acc, SWAP: tl.constexpr):
+def dot(a, w, acc, SWAP: tl.constexpr):
     if SWAP:
         return tl.dot(w, tl.trans(a), acc, input_precision="ieee")
     else:
@@ -142,6 +152,53 @@ def _rows_of_weight(n, limit, EVEN: tl.constexpr, VECTOR: tl.constexpr):
             # the limit is a multiple of 16, so chunks of 16 are wholly inside or wholly replaced
             n = tl.max_contiguous(tl.multiple_of(n, 16), 16)
     return n.to(tl.int64)
+
+
+@triton.jit
+def finish_tile(
+    acc,  # [BM, WN] fp32, swapped [WN, BM]
+    acc_up,  # the same for up rows of their own, else None
+    scales,  # None, or one weight per pair, applied to the input
+    pair,  # [BM] position in scales
+    out,  # [.., N], dense
+    out_row,  # [BM] int64
+    ok,  # [BM]
+    e,  # expert
+    tn,  # tile number along N
+    N,
+    W,  # Weights
+    M: tl.constexpr,  # Meaning
+    S: tl.constexpr,  # Shape
+    BM: tl.constexpr,
+):
+    """``out[out_row, tile] = act(acc * scale + b[e], acc_up * scale + b_up[e])`` for the rows that are ok."""
+    WIDE: tl.constexpr = M.layout == "interleaved"
+    WN: tl.constexpr = 2 * S.bn if WIDE else S.bn
+    n_in = tn * WN + tl.arange(0, WN)
+    limit = N * 2 if WIDE else N
+    if scales is not None:
+        # a weight on the input commutes with the product, which keeps it out of the loop
+        scale = _over_rows(tl.load(scales + pair, mask=ok, other=0.0).to(tl.float32), S.swap)
+        acc *= scale
+        if acc_up is not None:
+            acc_up *= scale
+    if W.b.ptr is not None:
+        bias = expert_base(W.b, e, M.b, False)
+        acc = _add_bias(acc, bias, n_in, limit, W.b.out, S.swap)
+        if M.layout == "concat":
+            acc_up = _add_bias(acc_up, bias + N * W.b.out, n_in, limit, W.b.out, S.swap)
+    if W.b_up.ptr is not None:
+        acc_up = _add_bias(acc_up, expert_base(W.b_up, e, M.b_up, False), n_in, limit, W.b_up.out, S.swap)
+    if WIDE:
+        if S.swap:
+            acc, acc_up = tl.split(tl.permute(tl.reshape(acc, (S.bn, 2, BM)), (0, 2, 1)))
+        else:
+            acc, acc_up = tl.split(tl.reshape(acc, (BM, S.bn, 2)))
+    y = activate(acc, acc if acc_up is None else acc_up, M).to(out.dtype.element_ty)
+    if S.swap:
+        y = tl.trans(y)
+    c = tn * S.bn + tl.arange(0, S.bn)
+    tl.store(out + out_row[:, None] * N + c[None, :], y, mask=ok[:, None] & (c < N)[None, :])
 
 
 @triton.jit
@@ -189,36 +246,16 @@ def expert_tile(
         else:
             a = tl.load(xp, mask=(k < D - d)[None, :], other=0.0)
             wt = tl.load(wp, mask=(k < D - d)[None, :], other=0.0, eviction_policy=S.evict)
-        acc = _dot(a, wt, acc, S.swap)
+        acc = dot(a, wt, acc, S.swap)
         if TWO:
             if S.even_d:
                 ut = tl.load(up, eviction_policy=S.evict)
             else:
                 ut = tl.load(up, mask=(k < D - d)[None, :], other=0.0, eviction_policy=S.evict)
-            acc_up = _dot(a, ut, acc_up, S.swap)
+            acc_up = dot(a, ut, acc_up, S.swap)
             up += up_step
         xp += S.bk
         wp += S.bk * W.w.inp
-    if scales is not None:
-        # a weight on the input commutes with the product, which keeps it out of the loop
-        scale = _over_rows(tl.load(scales + pair, mask=ok, other=0.0).to(tl.float32), S.swap)
-        acc *= scale
-        if TWO:
-            acc_up *= scale
-    if W.b.ptr is not None:
-        bias = expert_base(W.b, e, M.b, False)
-        acc = _add_bias(acc, bias, n_in, limit, W.b.out, S.swap)
-        if M.layout == "concat":
-            acc_up = _add_bias(acc_up, bias + N * W.b.out, n_in, limit, W.b.out, S.swap)
-    if W.b_up.ptr is not None:
-        acc_up = _add_bias(acc_up, expert_base(W.b_up, e, M.b_up, False), n_in, limit, W.b_up.out, S.swap)
-    if WIDE:
-        if S.swap:
-            acc, acc_up = tl.split(tl.permute(tl.reshape(acc, (S.bn, 2, BM)), (0, 2, 1)))
-        else:
-            acc, acc_up = tl.split(tl.reshape(acc, (BM, S.bn, 2)))
-    y = activate(acc, acc_up if TWO or WIDE else acc, M).to(out.dtype.element_ty)
-    if S.swap:
-        y = tl.trans(y)
-    c = tn * S.bn + tl.arange(0, S.bn)
-    tl.store(out + out_row[:, None] * N + c[None, :], y, mask=ok[:, None] & (c < N)[None, :])
+    finish_tile(
+        acc, acc_up if TWO else None, scales, pair, out, out_row, ok, e, tn, N, W, M, S, BM
+    )

@@ -82,8 +82,8 @@ def experts(
             _operand("b3", b3, 1, x),
         )
         down = projection(_operand("w2", w2, 2, x), hidden, b=_operand("b2", b2, 1, x))
-        shared = _kernel("experts", "shared_bytes")(x.get_device())
-        return run(x, topk_weights, topk_ids, count, up, down, weight_on_input, out_dtype, path, shared)
+        device = _kernel("experts", "device_of")(x.get_device())
+        return run(x, topk_weights, topk_ids, count, up, down, weight_on_input, out_dtype, path, device)
 
 
 def sort_pairs(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
@@ -112,8 +112,9 @@ def grouped_linear(rows: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor
         return rows.new_empty(0, columns)
     with _on(rows):
         what = projection(_operand("weight", weight, 2, rows), columns, b=_operand("bias", bias, 1, rows))
-        shared = _kernel("experts", "shared_bytes")(rows.get_device())
-        plan = select("sorted", pairs, 1, count, columns, depth, rows.element_size(), shared)
+        device = _kernel("experts", "device_of")(rows.get_device())
+        tma = (False, what.describable)
+        plan = select("sorted", pairs, 1, count, columns, depth, rows.element_size(), device, tma)
         return linear(rows.contiguous(), offsets.contiguous(), what, plan.down)
 
 

@@ -1,7 +1,7 @@
 """Compile the launches of a few layers for sm_90a without a GPU: ``python compile_sm90.py [case ...]``.
 
 Every launcher runs as it is, on tensors without memory; only the last step, the launch, is left out. Prints
-one line per kernel: layer, kernel, shared memory in bytes, count of tensor-core instructions.
+one line per kernel: layer, kernel, shared memory in bytes, counts of tensor-core and of TMA instructions.
 """
 
 from __future__ import annotations
@@ -30,6 +30,10 @@ CASES: dict[str, dict[str, Any]] = {
     "decode": {"T": 16, "shape": (8, 2, 4096, 14336)},
     "sorted": {"T": 512, "shape": (128, 8, 2048, 768), "separate": True},
     "prefill": {"T": 16384, "shape": (32, 4, 2880, 2880), "layout": "interleaved", "args": GPT_OSS},
+    "concat": {"T": 4096, "shape": (8, 2, 4096, 14336)},
+    "many": {"T": 4096, "shape": (128, 8, 2048, 768)},
+    "two": {"T": 16384, "shape": (32, 4, 2880, 2880), "layout": "separate"},
+    "single": {"T": 16384, "shape": (32, 4, 2880, 2880), "layout": "single"},
     "one": {"T": 4, "shape": (3, 2, 1, 1)},
 }
 
@@ -54,7 +58,8 @@ def compile_only(label: str) -> None:
         kernel = original(self, *args, grid=grid, warmup=True, **kwargs)
         ptx = kernel.asm["ptx"]
         tensor_core = ptx.count("wgmma.mma_async") + ptx.count("mma.sync.aligned.m16")
-        print(label, self.__name__, kernel.metadata.shared, tensor_core, flush=True)
+        descriptors = ptx.count("cp.async.bulk.tensor")
+        print(label, self.__name__, kernel.metadata.shared, tensor_core, descriptors, flush=True)
 
     JITFunction.run = run
 
@@ -75,7 +80,9 @@ def layer(
         w = empty(E, *size)
         return Operand([w[0]] * E, empty(E, dtype=torch.int64), True) if separate else Operand([w])
 
-    up = Projection(weight(2 * I, H), I, Epilogue("silu", args, layout), b=weight(2 * I))
+    rows = 2 * I if layout in ("concat", "interleaved") else I
+    w3, b3 = (weight(I, H), weight(I)) if layout == "separate" else (None, None)
+    up = Projection(weight(rows, H), I, Epilogue("silu", args, layout), w3, weight(rows), b3)
     down = Projection(weight(H, I), H, b=weight(H))
     ids, weights = empty(T, K, dtype=torch.int64), empty(T, K, dtype=torch.float32)
     experts.run(empty(T, H), weights, ids, E, up, down)

@@ -64,6 +64,7 @@ class Layer:
     def _bias(self, b: Tensor) -> list[Tensor]:
         if not self.bias:
             return []
+        b = b.to(self.dtype)
         return [v.clone() for v in b] if self.separate else [b]
 
     def _ids(self, g: torch.Generator) -> Tensor:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from layers import Layer, relative_error
 
-from moe_compile.kernels import experts, operand
+from moe_compile.kernels import config, experts, operand
 from moe_compile.ops import cuda, tables
 from moe_compile.spec import Activation
 
@@ -25,7 +25,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(cuda, "_on", lambda x: nullcontext())
     monkeypatch.setattr(cuda, "pointer_table", table)
-    monkeypatch.setattr(experts, "shared_bytes", lambda device: 227 * 1024)
+    monkeypatch.setattr(experts, "device_of", lambda device: config.H200)
     cuda._kernel.cache_clear()
 
 

@@ -29,12 +29,13 @@ def test_forced_plans(monkeypatch: pytest.MonkeyPatch, layout: str, swap: bool, 
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("elements", [2, 4])
-@pytest.mark.parametrize("shared", [config.H200_SHARED_BYTES, 99 * 1024])
+@pytest.mark.parametrize("shared", [config.H200.shared, 99 * 1024])
 def test_plans_fit(name: str, elements: int, shared: int) -> None:
     E, K, H, I = LAYERS[name]
     for tokens in (1, 2, 3, 16, 64, 65, 128, 129, 512, 1024, 4096, 16384):
         path = config.choose_path(tokens, K, E)
-        plan = config.select(path, tokens, K, E, H, I, elements, shared)
+        device = config.H200._replace(shared=shared)
+        plan = config.select(path, tokens, K, E, H, I, elements, device, (True, True))
         assert plan.up.bm == plan.down.bm
         for tiles in (plan.up, plan.down):
             assert tiles.stages >= 1
