@@ -120,8 +120,9 @@ def _take_ids(engine: Engine, node: fx.Node) -> Any:
         return None
     fact = engine.fact(source)
     if isinstance(fact, Range) and fact.start == 0:
-        label = fact.dims[0]
-        return replace(order, what="token") if len(label) == 2 and label[1].name == "*" else None
+        (label,) = fact.dims
+        each_k = len(label) == 2 and label[0].name == "i" and same(label[1].size, top_k(engine, order.rows.ids))
+        return replace(order, what="token") if each_k and label[1].name == "*" else None
     if fact is None and is_integer(source):
         leaf = _flat_ids(engine, source)
         if leaf is not None and leaf == order.rows.ids:

@@ -327,3 +327,96 @@ def test_mixed_dtypes_keep_the_original():
 
     outcome = rewritten(Mixed().eval(), torch.randn(6, 32))
     assert outcome.ops == [] and outcome.codes == ["MC401"]
+
+
+def square(layer, tokens):
+    """As many tokens as slots: shapes alone no longer tell them apart."""
+    return layer(top_k=tokens, experts=6).eval(), torch.randn(tokens, 32)
+
+
+def test_router_weights_the_wrong_way_round_when_tokens_equal_slots():
+    class Transposed(Dense):
+        def forward(self, x):
+            w, ids = self.router(x)
+            out = torch.zeros_like(x)
+            for e, mlp in enumerate(self.mlps):
+                out = out + (w * (ids == e).t()).sum(0)[:, None] * mlp(x)
+            return out
+
+    layer, x = square(Transposed, 3)
+    outcome = rewritten(layer, x)
+    with torch.no_grad():
+        assert relative(outcome.out, layer(x)) < 1e-6
+    assert outcome.ops == []
+
+
+class Sorted(Layer):
+    def __init__(self, **sizes):
+        super().__init__(**sizes)
+        self.w1, self.w2 = self.stack(self.inter, self.hidden), self.stack(self.hidden, self.inter)
+
+    def tokens(self, x, order):
+        return order // self.top_k
+
+    def counts(self, ids):
+        return torch.bincount(ids.view(-1), minlength=self.experts)
+
+    def forward(self, x):
+        w, ids = self.router(x)
+        order = ids.view(-1).argsort(stable=True)
+        token = self.tokens(x, order)
+        offs = self.counts(ids).cumsum(0).to(torch.int32)
+        h = F.relu(torch._grouped_mm(x[token], self.w1.transpose(1, 2), offs))
+        y = torch._grouped_mm(h, self.w2.transpose(1, 2), offs) * w.view(-1)[order, None]
+        return torch.zeros_like(x).index_add_(0, token, y)
+
+
+def sorted_case(layer_class, tokens=3):
+    layer, x = square(layer_class, tokens)
+    outcome = rewritten(layer.bfloat16(), x.bfloat16())
+    with torch.no_grad():
+        assert relative(outcome.out, layer(x.bfloat16())) < 2e-2
+    return outcome
+
+
+def test_each_token_repeated_is_the_token_of_a_pair():
+    interleaved = mutate(
+        Sorted, tokens=lambda s, x, order: torch.arange(x.shape[0]).repeat_interleave(s.top_k)[order])
+    assert sorted_case(interleaved).ops == ["experts.default"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        lambda s, x, order: torch.arange(x.shape[0]).repeat(s.top_k)[order],
+        lambda s, x, order: order % s.top_k,
+        lambda s, x, order: (order + 1) // s.top_k % x.shape[0],
+    ],
+    ids=["tokens in rounds", "slots", "shifted"],
+)
+def test_rows_of_other_tokens_keep_the_original(tokens):
+    assert sorted_case(mutate(Sorted, tokens=tokens)).ops == []
+
+
+def test_offsets_of_other_ids_keep_the_original():
+    other = mutate(Sorted, counts=lambda s, ids: torch.bincount((ids.view(-1) + 1) % s.experts, minlength=s.experts))
+    assert sorted_case(other).ops == []
+
+
+def test_outputs_gathered_by_slots_of_another_token_keep_the_original():
+    class Gathers(Layer):
+        def __init__(self, **sizes):
+            super().__init__(**sizes)
+            self.mlps = nn.ModuleList(GatedMLP(self.hidden, self.inter) for _ in range(self.experts))
+
+        def forward(self, x):
+            w, ids = self.router(x)
+            ys = torch.stack([mlp(x) for mlp in self.mlps], dim=1)
+            chosen = ys[torch.arange(x.shape[0]).unsqueeze(0), ids]  # [1, T] against [T, K]: another token's output
+            return (chosen * w.unsqueeze(-1)).sum(dim=1)
+
+    layer, x = square(Gathers, 3)
+    outcome = rewritten(layer, x)
+    assert outcome.ops == []
+    with torch.no_grad():
+        assert torch.equal(outcome.out, layer(x))

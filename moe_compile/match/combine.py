@@ -23,13 +23,14 @@ from .facts import (
     Sum,
     Val,
     flat_names,
+    names,
     refuse,
     same,
     size_of,
     unify,
 )
 from .routing import as_router_weight, ids_dims, pair_ids, sum_gate, token_count, top_k
-from .rows import names_token, rows_of_mask
+from .rows import is_token_range, names_token, rows_of_mask
 
 
 def is_output(engine: Engine, fact: Any) -> bool:
@@ -237,8 +238,9 @@ def _index_add(engine: Engine, node: fx.Node) -> Any:
 
 def _scatter_add(engine: Engine, node: fx.Node) -> Any:
     target, dim, index, src = node.args[0], node.args[1], node.args[2], node.args[3]
-    if not isinstance(engine.fact(index), Index):
-        return None
+    where = engine.fact(index)
+    if not isinstance(where, Index) or names(where.dims) != (("r",), ("*",)):
+        return None  # not one token per row
     return _scatter_sum(engine, node, target, dim, index, src)
 
 
@@ -308,7 +310,10 @@ def _combine_matrix(engine: Engine, node: fx.Node, target: fx.Node, where: Any, 
     """``zeros[T, E][arange(T)[:, None], ids] = w``."""
     (i, first), (j, second) = where
     filled = engine.fact(target)
-    if (i, j) != (0, 1) or not isinstance(engine.fact(first), Range) or not isinstance(filled, Filled):
+    tokens = engine.fact(first)
+    if (i, j) != (0, 1) or not isinstance(tokens, Range) or not isinstance(filled, Filled):
+        return None
+    if not is_token_range(engine, tokens, second):
         return None
     found = ids_dims(engine, second)
     shape = shape_of(target)

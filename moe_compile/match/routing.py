@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from ..canonical import shape_of
-from .engine import Engine, Rules, argument, aten, is_float, is_integer, normal_dim
+from .engine import Engine, Rules, argument, aten, is_float, is_integer, normal_dim, rank
 from .facts import (
     Atom,
     Dim,
@@ -117,6 +117,8 @@ def as_router_weight(engine: Engine, node: Any, gate: Gate, dims: Dims) -> Route
     if len(shape) > len(dims):
         return None
     labels = dims[len(dims) - len(shape) :]
+    if not _token_major(labels):
+        return None
     for size, label in zip(shape, labels, strict=True):
         routed = bool(label) and all(a.name == "k" or a.name.startswith("t") for a in label)
         if routed and not same(size, size_of(label)):
@@ -126,6 +128,12 @@ def as_router_weight(engine: Engine, node: Any, gate: Gate, dims: Dims) -> Route
     if any(is_token(d) or _is_slot(d) for d in dims[: len(dims) - len(shape)]):
         return None
     return RouterWeight(engine.flat_leaf(node))
+
+
+def _token_major(dims: Dims) -> bool:
+    """Whether tokens come before slots, in order: the lowering reads the tensor as ``[T, K]``."""
+    order = [a.name for d in dims for a in d if a.name == "k" or a.name.startswith("t")]
+    return order == sorted(order, key=lambda n: (n == "k", n))
 
 
 def _is_slot(dim: Dim) -> bool:
@@ -266,7 +274,7 @@ def _scatter(engine: Engine, node: fx.Node) -> Any:
     if found is None or normal_dim(int(dim), len(shape)) != len(shape) - 1:
         return None
     leaf, dims = found
-    if len(dims) != len(shape) or not isinstance(shape[-1], int) or shape[-1] < 2:
+    if len(dims) != len(shape) or not isinstance(shape[-1], int) or shape[-1] < 2 or not _token_major(dims):
         return None
     if not all(same(a, b) for a, b in zip(shape[:-1], shape_of(index)[:-1], strict=True)):
         return None
@@ -276,9 +284,9 @@ def _scatter(engine: Engine, node: fx.Node) -> Any:
             return None
         weight = None
     else:
-        if not isinstance(src, fx.Node) or not all(
-            same(a, b) for a, b in zip(shape_of(src), shape_of(index), strict=False)
-        ):
+        if not isinstance(src, fx.Node) or rank(src) != rank(index):
+            return None
+        if not all(same(a, b) for a, b in zip(shape_of(src), shape_of(index), strict=True)):
             return None
         fact = engine.fact(src)
         if isinstance(fact, Filled) and fact.number == 1.0:

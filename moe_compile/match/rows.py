@@ -33,6 +33,7 @@ from .facts import (
     names,
     refuse,
     same,
+    size_of,
 )
 from .routing import as_router_weight, ids_dims, token_count, top_k
 from .values import lift, weight_leaf, x_leaf, x_rows
@@ -137,7 +138,7 @@ def _index(engine: Engine, node: fx.Node) -> Any:
             return _pair_weight(engine, node, source, a, b)
         if isinstance(a, Index) and isinstance(b, Index):
             raise refuse("MC207", "the router weights are indexed [slot, token], expected [token, slot]", node)
-        if isinstance(a, Range):
+        if isinstance(a, Range) and is_token_range(engine, a, where[1][1]):
             return all_by_ids(engine, node, source, where[1][1], 1)
     return None
 
@@ -216,7 +217,8 @@ def _flat_weight(engine: Engine, node: fx.Node, source: fx.Node, index: Index) -
     val = lift(engine, source, x_leaf) if fact is None else val
     if isinstance(val, Val) and val.rows is None and len(val.dims) == 2:
         label = val.dims[0]
-        if len(label) >= 2 and label[-1].name == "*" and is_token(label[:-1]):
+        k = top_k(engine, index.rows.ids)
+        if len(label) >= 2 and label[-1].name == "*" and same(label[-1].size, k) and is_token(label[:-1]):
             return replace(val, dims=(index.dims[0], val.dims[1]), rows=index.rows)
     return None
 
@@ -263,6 +265,14 @@ def _by_ids(engine: Engine, node: fx.Node, source: fx.Node, dim: int, index: fx.
     return gathered_weight(engine, node, source, leaf, dims)
 
 
+def is_token_range(engine: Engine, tokens: Range, ids: fx.Node) -> bool:
+    """Whether ``tokens`` is ``arange(T)`` standing before the slots of ``ids [T, K]``: ``[T, 1]`` (or ``[T]``)."""
+    found = ids_dims(engine, ids)
+    if found is None or tokens.start != 0 or names(tokens.dims[:1]) != (("i",),) or any(tokens.dims[1:]):
+        return False
+    return len(tokens.dims) == len(found[1]) and same(size_of(tokens.dims[0]), token_count(engine, found[0]))
+
+
 def all_by_ids(engine: Engine, node: fx.Node, source: fx.Node, index: fx.Node, dim: int) -> Any:
     """Outputs of all experts ``[t, e, f]`` gathered by the ids along ``e``: one output per pair ``[t, k, f]``."""
     val = engine.fact(source)
@@ -306,7 +316,7 @@ def _gather(engine: Engine, node: fx.Node) -> Any:
         if i == d:
             if label not in (("k",), ()):
                 return None
-        elif names((mine,))[0] != label and label != ("*",):
+        elif names((mine,))[0] != label and (label != ("*",) or names((mine,)) != (("f",),)):
             return None
         if names((mine,))[0] == ("f",) and label != ("*",) and node.target is not aten.take_along_dim.default:
             return None

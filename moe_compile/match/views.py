@@ -126,7 +126,9 @@ def repeat_dims(dims: Dims, node: fx.Node) -> Dims | None:
     if node.target is aten.repeat_interleave.self_int:
         count, dim = node.args[1], argument(node, 2, "dim")
         if dim is None:
-            return None
+            if len(dims) != 1:
+                return None
+            dim = 0
         if same(count, 1):
             return dims
         d = normal_dim(int(dim), len(dims))
@@ -306,7 +308,7 @@ def _arange(engine: Engine, node: fx.Node) -> Fact | None:
     start = 0 if node.target is aten.arange.default else node.args[0]
     if node.target is aten.arange.start_step and argument(node, 2, "step", 1) != 1:
         return None
-    return Range(((Atom("*", size),),), start) if isinstance(start, int) else None
+    return Range(((Atom("i", size),),), start) if isinstance(start, int) else None
 
 
 def _dropout(engine: Engine, node: fx.Node) -> Fact | None:
