@@ -38,14 +38,22 @@ SWAPPED = Tiles(128, 256, 64, 8, 4, swap=True, tail=2, group=4, tma=True)
 
 def candidates(tokens: int, processors: int) -> tuple[dict[str, Tiles], dict[str, Tiles]]:
     """Tiles of the two GEMMs by name."""
+    ladder = replace(SWAPPED, tail=0, ladder=True)
     if tokens <= 1024:
         few = {
+            "ladder g4": ladder,
+            "ladder g1": replace(ladder, group=1),
+            "ladder s3": replace(ladder, stages=3),
             "swap tail2 s4": SWAPPED,
             "swap tail2 s4 g1": replace(SWAPPED, group=1),
             "tail2 s4": replace(WIDE, stages=4, tail=2),
             "64 swap tail1 s4": replace(SWAPPED, bm=64, tail=1),
         }
-        return few, {**few, "64x128 w4 swap tail1 s4": replace(SWAPPED, bm=64, wn=128, warps=4, tail=1)}
+        down = {
+            "ladder wn128": replace(ladder, wn=128),
+            "64x128 w4 swap tail1 s4": replace(SWAPPED, bm=64, wn=128, warps=4, tail=1),
+        }
+        return few, {**few, **down}
     persistent = replace(WIDE, programs=processors)
     up = {
         "s3 g8": WIDE,
@@ -55,6 +63,7 @@ def candidates(tokens: int, processors: int) -> tuple[dict[str, Tiles], dict[str
         "s4 g8 tail1": replace(WIDE, stages=4, tail=1),
         "s3 g16 tail1": replace(WIDE, group=16, tail=1),
         "s3 g16 persistent": replace(persistent, group=16),
+        "ladder g4": ladder,
     }
     down = {
         "s3 g16 persistent rows": replace(persistent, group=16, rows_tma=True),
@@ -64,6 +73,7 @@ def candidates(tokens: int, processors: int) -> tuple[dict[str, Tiles], dict[str
         "s4 g8": replace(WIDE, stages=4),
         "s4 g8 tail1": replace(WIDE, stages=4, tail=1),
         "s3 g16 persistent": replace(persistent, group=16),
+        "ladder g4": ladder,
     }
     return up, down
 
@@ -95,15 +105,15 @@ def sweep(layer: Layer, tokens: int, rep: int, up: Projection, down: Projection)
         return select("sorted", tokens, layer.K, layer.E, layer.H, layer.I, 2, device, (tma, tma))
 
     @lru_cache
-    def pairs(bm: int) -> Sorted:
-        return sort_pairs(ids, layer.E, bm)
+    def pairs(bm: int, rest: int) -> Sorted:
+        return sort_pairs(ids, layer.E, bm, rest)
 
     def first(tiles: Tiles) -> Tensor:
-        out: Tensor = gather_projection(x, pairs(tiles.bm), layer.K, up, tiles)
+        out: Tensor = gather_projection(x, pairs(tiles.bm, tiles.rest), layer.K, up, tiles)
         return out
 
     def second(tiles: Tiles) -> Tensor:
-        out: Tensor = sorted_projection(h, pairs(tiles.bm), down, tiles)
+        out: Tensor = sorted_projection(h, pairs(tiles.bm, tiles.rest), down, tiles)
         return out
 
     pointers, now = plan(False), plan(True)

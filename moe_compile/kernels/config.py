@@ -18,6 +18,7 @@ DECODE_TOKENS = 64  # up to here every hit expert's rows are found without a sor
 DECODE_TOKENS_SPARSE = 128  # the same where few rows meet in one expert
 DECODE_ROWS_SPARSE = 8.0
 TMA_ROWS = 256  # mean rows per expert from which on descriptors win
+LADDER_ROWS = 40  # the same for tiles of graded height
 DECODE_IDS = 4096  # ids that one program of the decode kernel holds in registers
 
 
@@ -39,7 +40,8 @@ class Tiles:
     ``tail`` allows the last tile of an expert to be computed at 1/2 (1) or also 1/4 (2) of ``bm``;
     ``group`` row tiles share a sweep over the columns, so that weights and rows stay in L2. ``tma``: weights
     by descriptor, ``rows_tma``: rows too (without ``tail``: a descriptor has one height). ``programs`` > 0:
-    that many programs share all tiles.
+    that many programs share all tiles. ``ladder`` (with ``tma`` and ``swap``) has tiles of 1/4, 2/4, 3/4, 4/4
+    and 5/4 of ``bm`` rows, so that one read of the weights serves up to 5/4.
     """
 
     bm: int
@@ -54,11 +56,17 @@ class Tiles:
     tma: bool = False
     rows_tma: bool = False
     programs: int = 0
+    ladder: bool = False
+
+    @property
+    def rest(self) -> int:
+        """Rows that an expert's last tile may have beyond ``bm``."""
+        return self.bm // 4 if self.ladder else 0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One path with the tiles of its two GEMMs (equal ``bm``: they share one tile table)."""
+    """One path with the tiles of its two GEMMs (equal ``bm`` and ``rest``: they share one tile table)."""
 
     path: str
     up: Tiles
@@ -105,7 +113,9 @@ def select(
     elif path == "sorted":
         mean = tokens * top_k / experts
         up, down = _sorted(mean)
-        if mean >= TMA_ROWS and device.tma:
+        if device.tma and LADDER_ROWS < mean < TMA_ROWS and all(tma):
+            up, down = _ladder()
+        elif device.tma and mean >= TMA_ROWS:
             up_tma, down_tma = _described(mean, device.processors)
             up, down = up_tma if tma[0] else up, down_tma if tma[1] else down
     else:
@@ -134,6 +144,11 @@ def _sorted(mean: float) -> tuple[Tiles, Tiles]:
     return Tiles(128, 256, 64, 8, 3, False, tail, 16), Tiles(128, 256, 64, 8, 3, False, tail, 8)
 
 
+def _ladder() -> tuple[Tiles, Tiles]:
+    tiles = Tiles(128, 256, 64, 8, 4, swap=True, group=4, tma=True, ladder=True)
+    return tiles, tiles
+
+
 def _described(mean: float, processors: int) -> tuple[Tiles, Tiles]:
     many = mean > 1024
     return (
@@ -154,7 +169,7 @@ def _fit(tiles: Tiles, depth: int, elements: int, shared: int) -> Tiles:
     """Steps that divide the depth (no masks in the loop) and stages that fit the shared memory."""
     if depth % tiles.bk and depth % (tiles.bk // 2) == 0 and tiles.bk > 64:
         tiles = replace(tiles, bk=tiles.bk // 2, stages=2 * tiles.stages - 2)
-    stage = (tiles.bm + tiles.wn) * tiles.bk * elements
+    stage = (tiles.bm + tiles.rest + tiles.wn) * tiles.bk * elements
     # a program with several tiles holds the finished one beside the stages of the next
     finished = tiles.bm * tiles.wn * elements if tiles.programs else 8 * 1024
     stages = min(tiles.stages, (shared - finished) // stage)

@@ -65,7 +65,7 @@ def run(
         h = decode_projection(x, ids, experts, up, plan.up, True, on_input)
         y = decode_projection(h, ids, experts, down, plan.down, False)
         return combine_pairs(y, ids, on_output, experts, dtype)
-    pairs = sort_pairs(ids, experts, plan.up.bm)
+    pairs = sort_pairs(ids, experts, plan.up.bm, plan.up.rest)
     h = gather_projection(x, pairs, top_k, up, plan.up, on_input)
     y = sorted_projection(h, pairs, down, plan.down)
     return combine_sorted(y, pairs.inverse, pairs.offsets, on_output, top_k, dtype)

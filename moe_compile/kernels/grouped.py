@@ -22,7 +22,7 @@ from .activation import activate_twin
 from .config import Tiles
 from .sort import Sorted, tile_table
 from .tile import Projection, expert_tile
-from .tma import describe, describe_rows, described_tile
+from .tma import describe, describe_rows, described_tile, shared_tile, tile_rows
 
 
 @triton.jit
@@ -31,16 +31,7 @@ def _rows(
     K: tl.constexpr, M: tl.constexpr, S: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """BM rows of one expert from sorted row ``first`` on, ``length`` of them real."""
-    m = tl.arange(0, BM)
-    ok = m < length
-    s = first + tl.where(ok, m, 0)
-    if order is not None:
-        pair = tl.load(order + s)
-        x_row = (pair // K).to(tl.int64)
-    else:
-        pair = s
-        x_row = s.to(tl.int64)
-    s = s.to(tl.int64)
+    ok, s, pair, x_row = tile_rows(order, first, 0, length, K, BM)
     if wd is None:
         expert_tile(x, x_stride, x_row, scales, pair, out, s, ok, e, tn, N, D, W, M, S, BM)
     else:
@@ -50,9 +41,30 @@ def _rows(
 
 
 @triton.jit
+def _ladder(
+    x, x_stride, order, scales, out, first, length, e, tn, N, D, wd, ud, W,
+    K: tl.constexpr, M: tl.constexpr, S: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """The lowest tile that holds ``length`` rows, up to 5/4 of BM."""
+    if length > BM:
+        shared_tile(x, x_stride, order, scales, out, first, length, e, tn, N, D, wd, ud, W, K, M, S, BM, BM // 4)
+    elif length > BM // 4 * 3:
+        _rows(x, x_stride, None, order, scales, out, first, length, e, tn, N, D, wd, ud, W, K, M, S, BM)
+    elif length > BM // 2:
+        shared_tile(
+            x, x_stride, order, scales, out, first, length, e, tn, N, D, wd, ud, W, K, M, S, BM // 2, BM // 4
+        )
+    elif length > BM // 4:
+        _rows(x, x_stride, None, order, scales, out, first, length, e, tn, N, D, wd, ud, W, K, M, S, BM // 2)
+    else:
+        _rows(x, x_stride, None, order, scales, out, first, length, e, tn, N, D, wd, ud, W, K, M, S, BM // 4)
+
+
+@triton.jit
 def _tile(
     t, n_tiles, x, x_stride, xd, order, scales, offsets, tiles, out, capacity, N, D, wd, ud, W,
     K: tl.constexpr, M: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, TAIL: tl.constexpr, GROUP: tl.constexpr,
+    REST: tl.constexpr,
 ):  # fmt: skip
     """Tile number ``t`` of ``n_tiles`` row tiles times all columns."""
     sweep = GROUP * tl.cdiv(N, S.bn)
@@ -63,9 +75,12 @@ def _tile(
     tn = inside // rows_of_sweep
     e = tl.load(tiles + 1 + tile)
     r = tl.load(tiles + 1 + capacity + tile)
-    n = tl.minimum(tl.load(offsets + e + 1) - r, BM)
+    n = tl.load(offsets + e + 1) - r
     # the last tile of an expert is often short: computing fewer rows costs only code size
-    if TAIL == 0 or n > BM // 2:
+    if REST > 0:
+        n = tl.where(n > BM + REST, BM, n)
+        _ladder(x, x_stride, order, scales, out, r, n, e, tn, N, D, wd, ud, W, K, M, S, BM)
+    elif TAIL == 0 or n > BM // 2:
         _rows(x, x_stride, xd, order, scales, out, r, n, e, tn, N, D, wd, ud, W, K, M, S, BM)
     elif TAIL == 1 or n > BM // 4:
         _rows(x, x_stride, xd, order, scales, out, r, n, e, tn, N, D, wd, ud, W, K, M, S, BM // 2)
@@ -97,6 +112,7 @@ def grouped_kernel(
     BM: tl.constexpr,
     TAIL: tl.constexpr,
     GROUP: tl.constexpr,
+    REST: tl.constexpr,
     PROGRAMS: tl.constexpr,
     ZERO_REST: tl.constexpr,
 ):
@@ -112,12 +128,12 @@ def grouped_kernel(
         for u in tl.range(t, n_tiles * columns, PROGRAMS, flatten=True):
             _tile(
                 u, n_tiles, x, x_stride, xd, order, scales, offsets, tiles, out, capacity, N, D, wd, ud, W,
-                K, M, S, BM, TAIL, GROUP,
+                K, M, S, BM, TAIL, GROUP, REST,
             )  # fmt: skip
     elif t < n_tiles * columns:
         _tile(
             t, n_tiles, x, x_stride, xd, order, scales, offsets, tiles, out, capacity, N, D, wd, ud, W,
-            K, M, S, BM, TAIL, GROUP,
+            K, M, S, BM, TAIL, GROUP, REST,
         )  # fmt: skip
     elif ZERO_REST:
         BN: tl.constexpr = S.bn
@@ -173,6 +189,7 @@ def _launch(
         BM=plan.bm,
         TAIL=plan.tail,
         GROUP=plan.group,
+        REST=plan.rest,
         PROGRAMS=plan.programs,
         ZERO_REST=zero_rest,
         num_warps=plan.warps,
@@ -207,7 +224,7 @@ def grouped_linear(rows: Tensor, offsets: Tensor, projection: Projection, plan: 
     """``rows [P, D]`` under any ``offsets [E + 1]`` -> ``[P, N]``; rows from ``offsets[E]`` on are zero."""
     # the rows may start anywhere, and late programs write the zeros
     plan = replace(plan, rows_tma=False, programs=0)
-    tiles, capacity = tile_table(offsets, rows.shape[0], plan.bm)
+    tiles, capacity = tile_table(offsets, rows.shape[0], plan.bm, plan.rest)
     return _launch(rows, None, None, offsets, tiles, capacity, rows.shape[0], 1, projection, plan, True)
 
 

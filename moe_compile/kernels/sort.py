@@ -68,10 +68,14 @@ def count_kernel(ids, counts, P, E, CHUNK: tl.constexpr, BLOCK: tl.constexpr, EP
 
 
 @triton.jit
-def _write_tiles(tiles, capacity, start, count, chunk, chunks, BM: tl.constexpr, EP: tl.constexpr):
+def _write_tiles(
+    tiles, capacity, start, count, chunk, chunks, BM: tl.constexpr, REST: tl.constexpr, EP: tl.constexpr
+):
     """The tile table; the programs take turns at the tiles of every expert."""
     e = tl.arange(0, EP)
     n = tl.cdiv(count, BM)
+    if REST > 0:
+        n = tl.where(count > BM, tl.cdiv(count - REST, BM), n)
     first = tl.cumsum(n, 0) - n
     if chunk == 0:
         tl.store(tiles, tl.sum(n, 0))
@@ -98,6 +102,7 @@ def place_kernel(
     EP: tl.constexpr,
     ROWS: tl.constexpr,
     BM: tl.constexpr,
+    REST: tl.constexpr,
     SINGLE: tl.constexpr,
 ):
     """Positions of the pairs of one chunk; program 0 writes the offsets, all share the tile table."""
@@ -117,7 +122,7 @@ def place_kernel(
     if chunk == 0:
         tl.store(offsets + e, start, mask=e <= E)
     if BM > 0:
-        _write_tiles(tiles, capacity, start, tl.where(e < E, total, 0), chunk, chunks, BM, EP)
+        _write_tiles(tiles, capacity, start, tl.where(e < E, total, 0), chunk, chunks, BM, REST, EP)
     free = start + before
     i = tl.arange(0, BLOCK)
     for b in range(0, CHUNK, BLOCK):
@@ -131,12 +136,14 @@ def place_kernel(
 
 
 @triton.jit(do_not_specialize=["E", "capacity"])
-def tiles_kernel(offsets, tiles, E, capacity, EP: tl.constexpr, BM: tl.constexpr):
+def tiles_kernel(
+    offsets, tiles, E, capacity, EP: tl.constexpr, BM: tl.constexpr, REST: tl.constexpr
+):
     """The tile table of given offsets."""
     e = tl.arange(0, EP)
     start = tl.load(offsets + e, mask=e < E, other=0)
     count = tl.load(offsets + e + 1, mask=e < E, other=0) - start
-    _write_tiles(tiles, capacity, start, count, tl.program_id(0), tl.num_programs(0), BM, EP)
+    _write_tiles(tiles, capacity, start, count, tl.program_id(0), tl.num_programs(0), BM, REST, EP)
 
 
 def tile_capacity(pairs: int, experts: int, bm: int) -> int:
@@ -144,8 +151,12 @@ def tile_capacity(pairs: int, experts: int, bm: int) -> int:
     return pairs // bm + min(experts, pairs)
 
 
-def sort_pairs(ids: Tensor, experts: int, bm: int = 0) -> Sorted:
-    """Sort ``ids [T, K]`` (contiguous); ``bm`` > 0 also writes the table of row tiles of that height."""
+def sort_pairs(ids: Tensor, experts: int, bm: int = 0, rest: int = 0) -> Sorted:
+    """Sort ``ids [T, K]`` (contiguous); ``bm`` > 0 also writes the table of row tiles of that height.
+
+    Args:
+        rest: so many rows left over belong to the tile before them (see ``config.Tiles.rest``).
+    """
     pairs = ids.numel()
     order = ids.new_empty(pairs, dtype=torch.int32)
     inverse = ids.new_empty(pairs, dtype=torch.int32)
@@ -177,20 +188,21 @@ def sort_pairs(ids: Tensor, experts: int, bm: int = 0) -> Sorted:
         EP=ep,
         ROWS=max(1, 4096 // ep),
         BM=bm,
+        REST=rest,
         SINGLE=chunks == 1,
         num_warps=8,
     )
     return Sorted(order, inverse, offsets, tiles, capacity)
 
 
-def tile_table(offsets: Tensor, pairs: int, bm: int) -> tuple[Tensor, int]:
+def tile_table(offsets: Tensor, pairs: int, bm: int, rest: int = 0) -> tuple[Tensor, int]:
     """The tile table of ``offsets [E + 1]`` and its capacity; see ``Sorted``."""
     experts = offsets.shape[0] - 1
     capacity = tile_capacity(pairs, experts, bm)
     tiles = offsets.new_empty(1 + 2 * capacity, dtype=torch.int32)
     programs = max(1, min(64, pairs // (bm * 8)))
     ep = max(power_of_two(experts), 32)
-    tiles_kernel[(programs,)](offsets, tiles, experts, capacity, EP=ep, BM=bm)
+    tiles_kernel[(programs,)](offsets, tiles, experts, capacity, EP=ep, BM=bm, REST=rest)
     return tiles, capacity
 
 

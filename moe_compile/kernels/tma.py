@@ -52,6 +52,30 @@ def describe_rows(x: Tensor, bm: int, bk: int) -> Any:
 
 
 @triton.jit
+def tile_rows(order, first, skip, length, K: tl.constexpr, BM: tl.constexpr):
+    """Sorted rows ``first + skip`` on, as far as below ``length``: which are, their numbers, pairs, rows of x."""
+    m = skip + tl.arange(0, BM)
+    ok = m < length
+    s = first + tl.where(ok, m, 0)
+    if order is not None:
+        pair = tl.load(order + s)
+        x_row = (pair // K).to(tl.int64)
+    else:
+        pair = s
+        x_row = s.to(tl.int64)
+    return ok, s.to(tl.int64), pair, x_row
+
+
+@triton.jit
+def _row_tile(xp, k, left, EVEN: tl.constexpr):
+    if EVEN:
+        return tl.load(xp)
+    else:
+        # zero weights do not help against a NaN in what comes after the row
+        return tl.load(xp, mask=(k < left)[None, :], other=0.0)
+
+
+@triton.jit
 def described_tile(
     x,  # rows of activations [.., D]
     x_stride,
@@ -89,11 +113,8 @@ def described_tile(
     for d in range(0, D, S.bk):
         if xd is not None:
             a = xd.load([first, d])
-        elif S.even_d:
-            a = tl.load(xp)
         else:
-            # zero weights do not help against a NaN in what comes after the row
-            a = tl.load(xp, mask=(k < D - d)[None, :], other=0.0)
+            a = _row_tile(xp, k, D - d, S.even_d)
         acc = dot(a, tl.reshape(wd.load([e * PARTS, tn * WN, d]), (ROWS, S.bk)), acc, S.swap)
         if TWO:
             if M.layout == "separate":
@@ -107,3 +128,41 @@ def described_tile(
     finish_tile(
         acc, acc_up if TWO or FUSED else None, scales, pair, out, out_row, ok, e, tn, N, W, M, S, BM
     )
+
+
+@triton.jit
+def shared_tile(
+    x, x_stride, order, scales, out, first, length, e, tn, N, D, wd, ud, W,
+    K: tl.constexpr, M: tl.constexpr, S: tl.constexpr, BA: tl.constexpr, BB: tl.constexpr,
+):  # fmt: skip
+    """BA + BB rows, both powers of two, over the same weights; swapped operands only."""
+    TWO: tl.constexpr = M.layout == "concat" or M.layout == "separate"
+    WN: tl.constexpr = 2 * S.bn if M.layout == "interleaved" else S.bn
+    PARTS: tl.constexpr = 2 if M.layout == "concat" else 1
+    k = tl.arange(0, S.bk)
+    oka, sa, pa, ra = tile_rows(order, first, 0, length, K, BA)
+    okb, sb, pb, rb = tile_rows(order, first, BA, length, K, BB)
+    xa = x + ra[:, None] * x_stride + k[None, :]  # [BA, BK]
+    xb = x + rb[:, None] * x_stride + k[None, :]  # [BB, BK]
+    ca = tl.zeros((WN, BA), tl.float32)
+    cb = tl.zeros((WN, BB), tl.float32)
+    if TWO:
+        ua = tl.zeros((WN, BA), tl.float32)
+        ub = tl.zeros((WN, BB), tl.float32)
+    for d in range(0, D, S.bk):
+        a = _row_tile(xa, k, D - d, S.even_d)
+        b = _row_tile(xb, k, D - d, S.even_d)
+        wt = tl.reshape(wd.load([e * PARTS, tn * WN, d]), (WN, S.bk))
+        ca = dot(a, wt, ca, True)
+        cb = dot(b, wt, cb, True)
+        if TWO:
+            if M.layout == "separate":
+                ut = tl.reshape(ud.load([e, tn * WN, d]), (WN, S.bk))
+            else:
+                ut = tl.reshape(wd.load([e * 2 + 1, tn * WN, d]), (WN, S.bk))
+            ua = dot(a, ut, ua, True)
+            ub = dot(b, ut, ub, True)
+        xa += S.bk
+        xb += S.bk
+    finish_tile(ca, ua if TWO else None, scales, pa, out, sa, oka, e, tn, N, W, M, S, BA)
+    finish_tile(cb, ub if TWO else None, scales, pb, out, sb, okb, e, tn, N, W, M, S, BB)

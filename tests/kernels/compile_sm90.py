@@ -30,6 +30,7 @@ CASES: dict[str, dict[str, Any]] = {
     "decode": {"T": 16, "shape": (8, 2, 4096, 14336)},
     "sorted": {"T": 512, "shape": (128, 8, 2048, 768), "separate": True},
     "prefill": {"T": 16384, "shape": (32, 4, 2880, 2880), "layout": "interleaved", "args": GPT_OSS},
+    "ladder": {"T": 1024, "shape": (128, 8, 2048, 768)},
     "concat": {"T": 4096, "shape": (8, 2, 4096, 14336)},
     "many": {"T": 4096, "shape": (128, 8, 2048, 768)},
     "two": {"T": 16384, "shape": (32, 4, 2880, 2880), "layout": "separate"},

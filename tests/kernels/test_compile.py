@@ -23,7 +23,9 @@ def test_sm90() -> None:
         "gemv_up_kernel", "gemv_down_kernel", "decode_kernel", "count_kernel", "place_kernel",
         "grouped_kernel", "combine_kernel", "tiles_kernel", "invert_kernel",
     }  # fmt: skip
-    for _case, kernel, shared, tensor_core in lines:
+    for case, kernel, shared, tensor_core, descriptors in lines:
         assert int(shared) <= H200_SHARED_BYTES
         if kernel in ("decode_kernel", "grouped_kernel"):
             assert int(tensor_core) > 0
+        if kernel == "grouped_kernel":
+            assert (int(descriptors) > 0) == (case in ("prefill", "ladder", "concat", "many", "two", "single"))

@@ -36,10 +36,10 @@ def test_plans_fit(name: str, elements: int, shared: int) -> None:
         path = config.choose_path(tokens, K, E)
         device = config.H200._replace(shared=shared)
         plan = config.select(path, tokens, K, E, H, I, elements, device, (True, True))
-        assert plan.up.bm == plan.down.bm
+        assert (plan.up.bm, plan.up.rest) == (plan.down.bm, plan.down.rest)
         for tiles in (plan.up, plan.down):
             assert tiles.stages >= 1
-            assert tiles.stages * (tiles.bm + tiles.wn) * tiles.bk * elements <= shared
+            assert tiles.stages * (tiles.bm + tiles.rest + tiles.wn) * tiles.bk * elements <= shared
 
 
 def test_paths() -> None:

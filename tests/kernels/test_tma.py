@@ -65,6 +65,21 @@ def test_layouts(
     assert torch.equal(ours, run(layer))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("H", "I"), [(20, 36), (32, 16)])
+def test_ladder(monkeypatch: pytest.MonkeyPatch, described: list[str], layout: str, H: int, I: int) -> None:
+    tiles = Tiles(64, 32, 16, 4, 2, True, 0, 2, tma=True, ladder=True)
+    force(monkeypatch, tiles, tiles)
+    layer = Layer(560, 10, 1, H, I, Activation(gated=layout != "single"), layout, bias=True)
+    # every height, exact and one more, one tile and several; the last expert gets nothing
+    rows = [1, 16, 17, 33, 49, 65, 80, 81, 150]
+    layer.ids = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(rows))
+    layer.ids = torch.nn.functional.pad(layer.ids, (0, 560 - len(layer.ids)), value=-1)[:, None].flip(0)
+    ours = run(layer)
+    assert described == ["describe", "describe"]
+    assert relative_error(ours, layer.truth()) < 2e-6
+
+
 @pytest.mark.parametrize("routing", ["one", "nobody", "distinct"])
 def test_routing(monkeypatch: pytest.MonkeyPatch, routing: str) -> None:
     tiles = Tiles(16, 32, 16, 4, 2, False, 0, 3, tma=True, rows_tma=True, programs=4)
@@ -144,11 +159,13 @@ def test_plans() -> None:
         sizes = {"top_k": 2, "experts": 8, "hidden": 4096, "inter": 14336, "elements": 2, **other}
         can = sizes.pop("tma", (True, True))
         plan = config.select("sorted", tokens, **sizes, device=device, tma=can)
-        assert plan.up.bm == plan.down.bm
+        assert (plan.up.bm, plan.up.rest) == (plan.down.bm, plan.down.rest)
         return plan.up.tma, plan.down.tma
 
     assert tma(4096) == tma(16384) == (True, True)
-    assert tma(512) == (False, False)
+    assert tma(64) == (False, False)
+    assert config.select("sorted", 512, 2, 8, 4096, 14336, 2, tma=(True, True)).up.ladder
+    assert tma(512, tma=(True, False)) == (False, False)
     assert tma(4096, tma=(False, True)) == (False, True)
     assert tma(4096, config.H200._replace(tma=False)) == (False, False)
     assert tma(4096, elements=4) == tma(4096, hidden=4100) == (False, False)
