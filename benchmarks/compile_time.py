@@ -18,7 +18,8 @@ from statistics import median
 from typing import Any
 
 BACKENDS = ("inductor", "moe_compile")
-FORMS = ("DenseLoop", "GatherLoop")
+FORMS = ("DenseLoop", "GatherLoop", "GatherLoop (whole)")
+WHOLE = " (whole)"
 
 
 def first_call(form: str, backend: str, sizes: tuple[int, int, int, int], tokens: int) -> dict[str, Any]:
@@ -28,12 +29,12 @@ def first_call(form: str, backend: str, sizes: tuple[int, int, int, int], tokens
     from moe_compile import demo
     from moe_compile.backend import moe_compile
 
-    sample = demo.naive(getattr(demo, form), sizes, tokens, torch.device("cpu"), torch.float32)
+    sample = demo.naive(getattr(demo, form.removesuffix(WHOLE)), sizes, tokens, torch.device("cpu"), torch.float32)
     chosen: Any = moe_compile if backend == "moe_compile" else backend
     # Inductor's own start-up (imports, the compiler's first run) belongs to no layer.
     torch.compile(lambda x: x.sin() + 1)(torch.ones(8))
     with torch.no_grad():
-        compiled = torch.compile(sample.model, backend=chosen)
+        compiled = torch.compile(sample.model, backend=chosen, fullgraph=form.endswith(WHOLE))
         start = time.perf_counter()
         compiled(*sample.args)
         cold = time.perf_counter() - start

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -95,8 +97,15 @@ def check_alike(parts: Sequence[Tensor], role: str) -> None:
 
 
 def _fill(pointers: tuple[int, ...], device: torch.device) -> Table:
-    """Copy on a stream of our own: a table outlives the call, so it must not come from a graph's private pool
-    (CUDA-graph trees run their warm-up with such a pool on the current stream)."""
+    """Allocate and copy in a thread and on a stream of our own.
+
+    A table outlives the call, so it must not come from a graph's private pool: CUDA-graph trees run their warm-up
+    with such a pool for the current thread (or stream).
+    """
+    return _filler().submit(_fill_here, pointers, device).result()
+
+
+def _fill_here(pointers: tuple[int, ...], device: torch.device) -> Table:
     side = _side.get(device)
     if side is None:
         side = _side[device] = torch.cuda.Stream(device)
@@ -106,6 +115,11 @@ def _fill(pointers: tuple[int, ...], device: torch.device) -> Table:
         ready = torch.cuda.Event()
         ready.record(side)
     return Table(tensor, _aligned(pointers), ready)
+
+
+@lru_cache(maxsize=1)
+def _filler() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, thread_name_prefix="moe_compile_tables")
 
 
 def _fill_in_capture(key: tuple[Any, ...], pointers: tuple[int, ...], device: torch.device) -> Tensor:
