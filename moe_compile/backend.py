@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import capture, huggingface, ops, torch_compat
+from . import capture, huggingface, torch_compat
 from .config import OptionError, Options, enabled, split_options
 from .report import REFUSED, Site, record
 from .rewrite import Result, analyse_graph, rewrite_graph
@@ -97,5 +97,3 @@ def reset() -> None:
 moe_compile.reset = reset  # type: ignore[attr-defined]
 capture.install(moe_compile)
 huggingface.install_hook(moe_compile)
-
-__all__ = ["RewriteError", "analyse", "moe_compile", "ops", "torch"]

@@ -18,14 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-_ours: list[Any] = []  # compared by identity: backends need not be hashable
-_WRAPPER_ATTRIBUTES = ("_torchdynamo_orig_backend", "compiler_fn", "__wrapped__", "func")
-
-
-def add_backend(backend: Any) -> None:
-    """Make ``is_ours`` true while Dynamo traces for ``backend``."""
-    if not any(known is backend for known in _ours):
-        _ours.append(backend)
+from .torch_compat import is_our_backend
 
 
 @torch._dynamo.assume_constant_result
@@ -37,17 +30,7 @@ def is_ours() -> bool:
         compiler: Any = InstructionTranslator.current_tx().output.compiler_fn
     except AttributeError:
         return False
-    pending, seen = [compiler], set()
-    while pending:
-        candidate = pending.pop()
-        if candidate is None or id(candidate) in seen:
-            continue
-        seen.add(id(candidate))
-        if any(candidate is backend for backend in _ours):
-            return True
-        # torch.compile, the debug wrapper and functools.partial each hide the backend in an attribute
-        pending += [getattr(candidate, name, None) for name in _WRAPPER_ATTRIBUTES]
-    return False
+    return is_our_backend(compiler)
 
 
 def local(ctx: Any, name: str) -> Any:

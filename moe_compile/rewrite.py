@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import legality, lower, near_miss, report, torch_compat
+from . import legality, lower, near_miss, torch_compat
 from .canonical import Canonical, canonicalise
 from .match import combine, routing, rows, stack, values, views
 from .match.engine import Engine, Rule, ids_of
@@ -168,6 +168,3 @@ def kernel_text(found: Found) -> str:
     if found.moe.experts.activation is None:
         return f"{device}: two grouped GEMMs around the original activation"
     return "cuda: Triton, by T" if device == "cuda" else f"{device}: grouped GEMMs"
-
-
-__all__ = ["Result", "analyse_graph", "report", "rewrite_graph"]

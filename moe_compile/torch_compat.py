@@ -135,7 +135,33 @@ def user_frame(node: fx.Node) -> str:
     return found
 
 
-BACKEND_WRAPPER_ATTRIBUTES = ("_torchdynamo_orig_backend", "compiler_fn", "__wrapped__", "func")
+_backends: list[Any] = []  # compared by identity: backends need not be hashable
+_WRAPPER_ATTRIBUTES = ("_torchdynamo_orig_backend", "compiler_fn", "__wrapped__", "func")
+
+
+def add_backend(backend: Any) -> None:
+    """Make ``is_our_backend`` true for ``backend`` and for whatever wraps it; idempotent."""
+    if not any(known is backend for known in _backends):
+        _backends.append(backend)
+
+
+def is_our_backend(compiler_fn: Any) -> bool:
+    """Whether a Dynamo compiler function is (a wrapper around) one of our backends.
+
+    torch.compile, the debug wrapper and functools.partial each hide the backend in an attribute.
+    """
+    pending, seen = [compiler_fn], set()
+    while pending:
+        candidate = pending.pop()
+        if candidate is None or id(candidate) in seen:
+            continue
+        seen.add(id(candidate))
+        if any(candidate is backend for backend in _backends):
+            return True
+        pending += [getattr(candidate, name, None) for name in _WRAPPER_ATTRIBUTES]
+    return False
+
+
 _without_capture: list[Any] = []  # code objects that cannot be traced with dynamic-shape capture
 
 

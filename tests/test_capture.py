@@ -8,7 +8,7 @@ from moe_compile.patterns.index_add_loop import WhereIndexAdd
 from support import rewritten
 from torch import nn
 
-from moe_compile import capture
+from moe_compile import capture, torch_compat
 
 
 def graphs_under(backend_name_or_fn, model, x):
@@ -69,7 +69,7 @@ def test_wrapped_backends_are_recognised():
     class Wrapper:
         _torchdynamo_orig_backend = staticmethod(inner)
 
-    assert not capture.is_ours(Wrapper())
+    assert not torch_compat.is_our_backend(Wrapper())
     capture.install(inner)
-    assert capture.is_ours(inner) and capture.is_ours(Wrapper())
-    assert not capture.is_ours(None)
+    assert torch_compat.is_our_backend(inner) and torch_compat.is_our_backend(Wrapper())
+    assert not torch_compat.is_our_backend(None)

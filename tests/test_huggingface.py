@@ -558,7 +558,10 @@ def test_whole_model_is_one_graph(model_type: str) -> None:
     import hf_models
 
     model, ids = hf_models.build(model_type), hf_models.tokens()
-    expected = model(input_ids=ids).logits
+    try:
+        expected = model(input_ids=ids).logits
+    except TypeError as error:  # doge of transformers 5.17 adds a tuple to a tensor
+        pytest.skip(f"this transformers cannot run {model_type} itself: {error}")
     with report.collect() as found:
         actual = torch.compile(model, backend=ours, fullgraph=True)(input_ids=ids).logits
     assert len(GRAPHS) == 1
