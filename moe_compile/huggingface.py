@@ -180,7 +180,7 @@ def optimize(model: Model, **options: Any) -> Model:
     strict = settings.strict
     chosen = []
     for module in model.modules():
-        name = _family_name(module)
+        name = family_of(module)
         if name is None or _is_optimized(module):
             continue
         if "forward" in module.__dict__:
@@ -217,7 +217,8 @@ def _is_optimized(module: nn.Module) -> bool:
     return isinstance(forward, functools.partial) and forward.func is _optimized_forward
 
 
-def _family_name(module: nn.Module) -> str | None:
+def family_of(module: nn.Module) -> str | None:
+    """The way in that a module offers: a class of the table, the decorated interface, or None."""
     key = defining_class(module)
     if key in FAMILIES:
         return key

@@ -562,6 +562,8 @@ def test_whole_model_is_one_graph(model_type: str) -> None:
         expected = model(input_ids=ids).logits
     except TypeError as error:  # doge of transformers 5.17 adds a tuple to a tensor
         pytest.skip(f"this transformers cannot run {model_type} itself: {error}")
+    if not any(huggingface.family_of(module) for module in model.modules()):
+        pytest.skip(f"{model_type} of this transformers has no experts interface yet (aria of 5.17)")
     with report.collect() as found:
         actual = torch.compile(model, backend=ours, fullgraph=True)(input_ids=ids).logits
     assert len(GRAPHS) == 1
