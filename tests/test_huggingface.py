@@ -560,9 +560,11 @@ def test_whole_model_is_one_graph(model_type: str) -> None:
     model, ids = hf_models.build(model_type), hf_models.tokens()
     try:
         expected = model(input_ids=ids).logits
-    except TypeError as error:  # doge of transformers 5.17 adds a tuple to a tensor
+    except TypeError as error:  # doge of transformers 5.17 hands a tuple to dropout
+        if model_type != "doge":
+            raise
         pytest.skip(f"this transformers cannot run {model_type} itself: {error}")
-    if not any(huggingface.family_of(module) for module in model.modules()):
+    if model_type == "aria_text" and not any(huggingface.family_of(module) for module in model.modules()):
         pytest.skip(f"{model_type} of this transformers has no experts interface yet (aria of 5.17)")
     with report.collect() as found:
         actual = torch.compile(model, backend=ours, fullgraph=True)(input_ids=ids).logits
