@@ -25,8 +25,7 @@ from moe_compile.ops import cuda, tables  # noqa: E402
 from moe_compile.spec import Activation  # noqa: E402
 
 PATHS = ("gemv", "decode", "sorted")
-# Triton's exponential and division are good to 2 ulp of float32 (2.4e-7), which no GEMM averages out at H = 1.
-FLOOR = {torch.float32: 4e-7, torch.bfloat16: 1e-3, torch.float16: 1e-3}
+FLOOR = {torch.float32: 1e-7, torch.bfloat16: 1e-3, torch.float16: 1e-3}
 GPT_OSS = Activation("silu", alpha=1.702, gate_limit=1.0, up_limit=1.0, up_offset=1.0)
 FIRST_STEP = {"gemv": "gemv_up", "decode": "decode_projection", "sorted": "sort_pairs"}
 
@@ -112,8 +111,12 @@ def test_storage(path: str, layout: str, transposed: bool, T: int) -> None:
     form = {"bias": True, "routing": "sentinels", "dtype": torch.bfloat16, "transposed": transposed}
     stacked = layer(T, 6, 3, 320, 176, GPT_OSS, layout, **form)
     separate = layer(T, 6, 3, 320, 176, GPT_OSS, layout, True, **form)
-    # equal but for the order of sums: stacked weights may be read by descriptors, in other tiles
-    assert relative_error(check(stacked, path), check(separate, path).double()) < 2e-3
+    ours, theirs = check(stacked, path), check(separate, path)
+    if path == "sorted" and not transposed:
+        # equal but for the order of sums: stacked weights may be read by descriptors, in other tiles
+        assert relative_error(ours, theirs.double()) < 2e-3
+    else:
+        assert torch.equal(ours, theirs), "stacked and separate differ"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
