@@ -64,16 +64,12 @@ def _require_kernels(experts: str, example_inputs: Sequence[Any]) -> None:
             )
 
 
-def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> None:
-    """Record a ``Site`` for every candidate of ``gm``; change nothing."""
-    for site in analyse_graph(gm).sites:
-        record(site)
-
-
 def attempt(gm: fx.GraphModule, options: Options) -> Result:
     """Rewrite ``gm`` in place; whatever goes wrong leaves it as it was and becomes a report row."""
     try:
         result = analyse_graph(gm) if options.dryrun else rewrite_graph(gm)
+    except torch_compat.TraceAgain:
+        raise
     except Exception as error:  # a bug of ours must not fail the user's compile
         log.warning("rewrite failed, the original program runs: %s: %s", type(error).__name__, error)
         log.debug("details", exc_info=True)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from moe_compile import breaks, torch_breaks
-from moe_compile.backend import analyse, moe_compile
+from moe_compile.backend import attempt, moe_compile
 from moe_compile.config import Options
 from moe_compile.report import NOT_CAPTURED, Report, Site, collect, record
+from moe_compile.torch_compat import TraceAgain
 
 
 def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
@@ -49,7 +51,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
 
 
 class _Tracer:
-    """A Dynamo backend that analyses each graph and runs it as it is."""
+    """A Dynamo backend that rewrites each graph and runs it without Inductor."""
 
     def __init__(self, options: Options) -> None:
         # Whatever is scoped to our backend (capture settings, the Hugging Face hook) holds for this one too.
@@ -61,7 +63,9 @@ class _Tracer:
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         self.graphs += 1
         try:
-            analyse(gm, example_inputs, self.options)
+            attempt(gm, replace(self.options, strict=False, dryrun=False))
+        except TraceAgain:
+            raise
         except Exception as error:  # Dynamo would wrap it: explain raises it bare
             self.error = self.error or error
         forward: Callable[..., Any] = gm.forward

@@ -12,6 +12,7 @@ from torch import fx
 from . import ops as ops  # the calls made here need the ops to be registered
 from .canonical import Canonical, shape_of, value
 from .legality import Region, is_size_check
+from .loops import marks
 from .match.engine import writes
 from .match.expert import Handle
 from .match.facts import Leaf, refuse, same
@@ -228,6 +229,36 @@ def _emit(c: _Cursor, expr: Any, made: dict[Any, fx.Node]) -> Any:
         node = c.call(target, tuple(_emit(c, a, made) for a in args), dict(kwargs))
     made[expr] = node
     return node
+
+
+def has_marks(gm: fx.GraphModule) -> bool:
+    """Whether a graph holds what rewritten loops assumed (``loops.marks``): it cannot run like that."""
+    return any(node.target in marks.OPS for node in gm.graph.nodes)
+
+
+def erase_marks(graph: fx.Graph) -> None:
+    """Remove proved assumptions, and what was computed for them alone."""
+    todo: list[fx.Node] = []
+    for node in list(graph.nodes):
+        if node.target is marks.mark:
+            todo += node.all_input_nodes
+            graph.erase_node(node)
+    while todo:
+        node = todo.pop()
+        unused = all(not user.users and is_size_check(user) for user in node.users)
+        if node.op not in ("call_function", "call_method") or not unused or _writes(node) or node._erased:
+            continue
+        for user in list(node.users):
+            graph.erase_node(user)
+        todo += node.all_input_nodes
+        graph.erase_node(node)
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether a node of Dynamo's graph changes something in place."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or name.startswith("__i") or name in ("setitem", "__setitem__", "iadd", "imul", "isub", "itruediv")
 
 
 def _erase(graph: fx.Graph, p: Plan, new: set[fx.Node]) -> None:

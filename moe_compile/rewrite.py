@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import legality, lower, near_miss, torch_compat
+from . import claims, legality, lower, near_miss, torch_compat
 from .canonical import Canonical, canonicalise
-from .match import combine, routing, rows, stack, values, views
+from .loops import marks as loop_marks
+from .loops import substitution
+from .match import combine, groups, marks, routing, rows, stack, values, views
 from .match.engine import Engine, Rule, ids_of
 from .match.facts import Sum
 from .match.layer import Found, rebased
@@ -35,6 +37,7 @@ class Result:
     sites: list[Site] = field(default_factory=list)
     plans: list[lower.Plan] = field(default_factory=list)
     original: fx.Graph | None = None
+    broken: list[claims.Broken] = field(default_factory=list)  # what rewritten loops assumed and nobody could prove
 
 
 def facts_of(copy: Canonical) -> Engine:
@@ -43,6 +46,8 @@ def facts_of(copy: Canonical) -> Engine:
         views.RULES,
         values.RULES,
         stack.RULES,
+        groups.RULES,
+        marks.RULES,
         combine.RULES,
         routing.RULES,
         rows.RULES,
@@ -57,7 +62,16 @@ def _fallbacks(target: Any) -> tuple[Rule, ...]:
 
 
 def analyse_graph(gm: fx.GraphModule) -> Result:
-    """Find and prove every MoE layer of ``gm``; changes nothing."""
+    """Find and prove every MoE layer of ``gm``; changes nothing.
+
+    A graph of rewritten loops is not one to run: their functions are traced as written for the next attempt.
+    """
+    if lower.has_marks(gm):
+        substitution.trace_again(())
+    return _analyse(gm)
+
+
+def _analyse(gm: fx.GraphModule) -> Result:
     result = Result()
     if not _worth_a_look(gm):
         return result
@@ -67,6 +81,7 @@ def analyse_graph(gm: fx.GraphModule) -> Result:
     passes = torch_compat.matcher_pass()
     anchors = {target for form in FORMS for target in form.ANCHORS}
     refused: dict[fx.Node, tuple[str, NoMatch]] = {}
+    layers: list[tuple[Found, legality.Region]] = []
 
     def check(match: Any) -> bool:
         node = match.nodes[0]
@@ -80,6 +95,7 @@ def analyse_graph(gm: fx.GraphModule) -> Result:
         except NoMatch as error:
             refused[node] = (getattr(error, "form", ""), error)
             return False
+        layers.append((found, region))
         result.plans.append(plan)
         result.sites.append(
             Site(REWRITTEN, form=form, location=near_miss.where(copy, node), spec=found.moe, kernel=kernel_text(found))
@@ -90,18 +106,38 @@ def analyse_graph(gm: fx.GraphModule) -> Result:
     passes.apply(copy.graph)
     done = {plan.found.routing.ids.node for plan in result.plans}
     result.sites += near_miss.refusals(engine, candidates, refused, done)
+    result.broken = claims.check(engine, layers)
     return result
 
 
 def rewrite_graph(gm: fx.GraphModule) -> Result:
-    """``analyse_graph``, then replace every proved layer of ``gm`` by its op; a failure leaves ``gm`` as it was."""
-    result = analyse_graph(gm)
-    if not result.plans:
+    """``analyse_graph``, then replace every proved layer of ``gm`` by its op; a failure leaves ``gm`` as it was.
+
+    A graph of rewritten loops (``loops/``) that cannot be proved is no graph to run: Dynamo traces again.
+    """
+    marked = lower.has_marks(gm)
+    try:
+        result = _rewrite(gm)
+    except Exception as error:
+        if marked:
+            log.debug("rewritten loops cannot be analysed: %s: %s", type(error).__name__, error)
+            substitution.trace_again(())
+        raise
+    if marked and (result.broken or lower.has_marks(gm)):
+        log.debug("rewritten loops are not proved: %s", "; ".join(str(b.error) for b in result.broken) or result.sites)
+        substitution.trace_again(b.site for b in result.broken)
+    return result
+
+
+def _rewrite(gm: fx.GraphModule) -> Result:
+    result = _analyse(gm)
+    if not result.plans or result.broken:
         return result
     result.original = torch_compat.copy_graph(gm.graph)
     try:
         for plan in result.plans:
             lower.lower(plan)
+        lower.erase_marks(gm.graph)
         gm.graph.lint()
     except Exception:
         gm.graph = result.original
@@ -115,6 +151,8 @@ def _worth_a_look(gm: fx.GraphModule) -> bool:
     """Whether anything in the graph could be a routing decision: tracing a copy costs time."""
     for node in gm.graph.nodes:
         if node.op in ("call_function", "call_method"):
+            if node.target in loop_marks.OPS:
+                return True
             name = getattr(node.target, "__name__", str(node.target)).lower()
             if any(a in name for a in _ANCHOR_NAMES) or (name == "getitem" and _indexes_by_tensor(node)):
                 return True

@@ -20,6 +20,9 @@ _NOISE = re.compile(r"^(Encountered graph break|Failed to handle graph break)")
 _ADVICE = "Consider annotating your code using torch._check*(). "  # Dynamo's; ours stands in Site.fix
 
 
+_collecting: list[list[Break]] = []
+
+
 @dataclass(frozen=True)
 class Break:
     """One graph break.
@@ -41,6 +44,7 @@ class Break:
 def collect_breaks() -> Iterator[list[Break]]:
     """Collect the graph breaks of every compilation inside the ``with`` block."""
     found: list[Break] = []
+    _collecting.append(found)
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -57,9 +61,21 @@ def collect_breaks() -> Iterator[list[Break]]:
     try:
         yield found
     finally:
+        _collecting[:] = [other for other in _collecting if other is not found]
         logger.removeHandler(handler)
         logger.setLevel(level)
         logger.propagate = propagate
+
+
+def count() -> int:
+    """Number of breaks collected so far."""
+    return len(_collecting[-1]) if _collecting else 0
+
+
+def forget(since: int) -> None:
+    """Drop the breaks of an attempt that is traced again in another form."""
+    if _collecting:
+        del _collecting[-1][since:]
 
 
 def parse(message: str) -> Break | None:

@@ -18,7 +18,7 @@ from ._examples import GatedMLP, Layer
 
 ANCHORS = (
     aten.index_add_.default, aten.index_add.default, aten.scatter_add_.default, aten.scatter_add.default,
-    aten.index_put_.default, aten.index_put.default,
+    aten.index_put_.default, aten.index_put.default, aten.scatter_reduce_.two, aten.scatter_reduce.two,
 )  # fmt: skip
 RULES: Rules = {}
 

@@ -212,7 +212,8 @@ def _flat_weight(engine: Engine, node: fx.Node, source: fx.Node, index: Index) -
         k = top_k(engine, ids)
         if same(shape_of(source)[0], token_count(engine, ids) * k):
             dims = (index.dims[0], *(() for _ in shape_of(source)[1:]))
-            return Gate(dims, ids, weight=RouterWeight(engine.flat_leaf(source)), summed=True, rows=index.rows)
+            weight = RouterWeight(engine.flat_leaf(source))
+            return Gate(dims, ids, weight=weight, expert=index.rows.expert, summed=True, rows=index.rows)
     val = fact if isinstance(fact, Val) and fact.expr == ("x",) else None
     val = lift(engine, source, x_leaf) if fact is None else val
     if isinstance(val, Val) and val.rows is None and len(val.dims) == 2:

@@ -1,0 +1,161 @@
+"""Rules for rows in expert order that are cut into one group per expert, and joined again (``loops.marks``).
+
+Also for lists of the experts that were hit: ``nonzero(counts > 0)``, ``unique(ids)``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import fx
+
+from ..canonical import shape_of
+from ..loops import marks
+from .combine import _scatter_add
+from .engine import Engine, Rules, argument, aten, is_integer
+from .facts import Atom, Counts, Fact, Gate, Index, Leaf, Rows, Val, names, refuse, same
+from .routing import ids_dims
+from .stack import merge_weights
+from .values import renumber
+
+
+@dataclass(frozen=True)
+class HitMask(Fact):
+    """``[E]``: whether an expert has a pair."""
+
+    ids: Leaf
+
+
+@dataclass(frozen=True)
+class Hits(Fact):
+    """The ids of the experts that have a pair, each once."""
+
+    ids: Leaf
+
+
+def _segment(engine: Engine, node: fx.Node) -> Any:
+    """Rows in sorted order -> the rows of one expert."""
+    source, sizes, index, running = node.args
+    counts, fact = engine.fact(sizes), engine.fact(source)
+    order = getattr(fact, "rows", None)
+    if not isinstance(fact, (Val, Index, Gate)) or order is None or order.kind != "sorted":
+        return None
+    if not isinstance(counts, Counts) or counts.ids != order.ids or counts.ends != running:
+        raise refuse("MC207", "rows are cut by numbers that are not the row counts of these sorted ids", node)
+    experts = counts.dims[0][0].size if counts.dims[0] else 1
+    if not isinstance(index, int) or not isinstance(experts, int) or not 0 <= index < experts:
+        raise refuse("MC208", f"group {index} of {experts} groups of rows", node)
+    if names(fact.dims[:1]) != (("r",),):
+        return None
+    rows = Rows("hit", order.ids, index, order.order)
+    dims = ((Atom("r", shape_of(node)[0]),), *fact.dims[1:])
+    if isinstance(fact, Index):
+        return replace(fact, dims=dims, rows=rows)
+    if isinstance(fact, Gate):
+        return replace(fact, dims=dims, rows=rows, expert=index)
+    gate = replace(fact.gate, rows=rows, expert=index) if fact.gate is not None else None
+    inner = replace(fact.gate_in, rows=rows, expert=index) if fact.gate_in is not None else None
+    return replace(fact, dims=dims, rows=rows, gate=gate, gate_in=inner)
+
+
+def _join(engine: Engine, node: fx.Node) -> Any:
+    """What every expert made of its group, one after the other: rows in sorted order again."""
+    parts, like = node.args
+    assert isinstance(parts, (list, tuple))
+    vals, source = [engine.fact(p) for p in parts], engine.fact(like)
+    if not all(isinstance(v, Val) and v.slots and v.rows is not None for v in vals) or not vals:
+        return None
+    order = getattr(source, "rows", None)
+    if order is None or order.kind != "sorted":
+        return None
+    first = vals[0]
+    for e, v in enumerate(vals):
+        if v.rows != Rows("hit", order.ids, e, order.order):
+            raise refuse("MC208", f"group {v.rows.expert} of rows stands at place {e}", node)
+        if v.x != first.x or v.expr != first.expr or len(v.slots) != len(first.slots):
+            raise refuse("MC201", f"expert {e} computes something else than expert 0", node)
+        if v.gate is not None or v.gate_in is not None:
+            return None
+        if any(a.transposed != b.transposed for a, b in zip(v.slots, first.slots, strict=True)):
+            raise refuse("MC201", "some experts' weights are transposed and others are not", node)
+    row = (Atom("r", shape_of(node)[0]),)
+    slots = []
+    for n, slot in enumerate(first.slots):
+        weight = merge_weights([v.slots[n].weight for v in vals], node)
+        weight = replace(weight, dims=(row, *weight.dims[1:]), source="ids", ids=order.ids, expert=len(vals))
+        slots.append(replace(slot, weight=weight))
+    expr = renumber(first.expr, list(range(len(slots))))
+    return replace(first, dims=(row, first.dims[1]), rows=order, slots=tuple(slots), expr=expr)
+
+
+def _positive(engine: Engine, node: fx.Node) -> Any:
+    """``counts > 0``, ``counts != 0``."""
+    fact = engine.fact(node.args[0])
+    bound = 1 if node.target is aten.ge.Scalar else 0
+    if not isinstance(fact, Counts) or fact.ends or node.args[1] != bound:
+        return None
+    return HitMask(fact.dims, fact.ids)
+
+
+def _hit_list(engine: Engine, node: fx.Node) -> Any:
+    """``nonzero`` of the experts that have a pair."""
+    fact = engine.fact(node.args[0])
+    if not isinstance(fact, HitMask) and not (isinstance(fact, Counts) and not fact.ends):
+        return None
+    if node.target in (aten.where.default, aten.nonzero_numpy.default):
+        return [Hits(((),), fact.ids)]
+    return Hits(((), ()), fact.ids)
+
+
+def _any_pair(engine: Engine, node: fx.Node) -> Any:
+    """``one_hot(ids).any(dims)`` over tokens and slots."""
+    gate = engine.fact(node.args[0])
+    if isinstance(gate, HitMask):
+        return gate if not gate.dims else None
+    if not isinstance(gate, Gate) or gate.weight is not None or gate.expert is not None or gate.rows is not None:
+        return None
+    where = argument(node, 1, "dim")
+    dims = [where] if isinstance(where, int) else list(where or ())
+    chosen = {d % len(gate.dims) for d in dims}
+    left = tuple(d for i, d in enumerate(gate.dims) if i not in chosen)
+    return HitMask(left, gate.ids) if names(left) == (("e",),) else None
+
+
+def _unique(engine: Engine, node: fx.Node) -> Any:
+    source = node.args[0]
+    if not isinstance(source, fx.Node) or not is_integer(source):
+        return None
+    found = ids_dims(engine, source)
+    if found is None:
+        return None
+    return [Hits(((),), found[0]), None, None]
+
+
+def _of_hits(engine: Engine, node: fx.Node) -> Any:
+    """Views of a list of hit experts."""
+    fact = engine.fact(node.args[0])
+    if isinstance(fact, HitMask):
+        return fact if len(shape_of(node)) == 1 and same(shape_of(node)[0], shape_of(node.args[0])[0]) else None
+    return fact if isinstance(fact, Hits) else None
+
+
+def _scatter_reduce(engine: Engine, node: fx.Node) -> Any:
+    """``scatter_reduce_(0, tokens, rows, "sum")``: the same as ``scatter_add_``."""
+    if argument(node, 4, "reduce") != "sum" or argument(node, 5, "include_self", True) is not True:
+        return None
+    return _scatter_add(engine, node)
+
+
+RULES: Rules = {
+    marks.segment: _segment, marks.join: _join,
+    aten.gt.Scalar: _positive, aten.greater.Scalar: _positive, aten.ne.Scalar: _positive, aten.ge.Scalar: _positive,
+    aten.not_equal.Scalar: _positive,
+    aten.nonzero.default: _hit_list, aten.where.default: _hit_list, aten.nonzero_numpy.default: _hit_list,
+    aten.argwhere.default: _hit_list,
+    aten.any.dim: _any_pair, aten.any.dims: _any_pair,
+    aten._unique2.default: _unique,
+    aten.view.default: _of_hits, aten.reshape.default: _of_hits, aten.squeeze.dim: _of_hits,
+    aten.squeeze.default: _of_hits, aten.flatten.using_ints: _of_hits, aten.to.dtype: _of_hits,
+    aten.scatter_reduce_.two: _scatter_reduce, aten.scatter_reduce.two: _scatter_reduce,
+}  # fmt: skip
