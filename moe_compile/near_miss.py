@@ -12,6 +12,7 @@ from .canonical import Canonical
 from .codes import CODES
 from .match.engine import Engine, Miss, ids_of
 from .match.facts import Gate, Leaf, Sum, Val
+from .match.slots import root_of
 from .report import REFUSED, Site
 from .spec import NoMatch
 
@@ -47,21 +48,21 @@ def refusals(
 ) -> list[Site]:
     """One row per routing decision that was not rewritten: its refusal, else the step that went furthest."""
     sites = []
-    explained = set(done)
+    explained = {root_of(ids) for ids in done}
     for node, (form, error) in refused.items():
         leaf = ids_of(candidates[node][1])
-        if leaf is None or leaf.node in explained:
+        if leaf is None or root_of(leaf.node) in explained:
             continue
-        explained.add(leaf.node)
+        explained.add(root_of(leaf.node))
         reason = _inner_reason(engine, node, leaf) or error
         sites.append(_refusal(engine, form or nearest_form(engine, leaf.node), reason, node))
     for ids, user in engine.ids.items():
-        if ids in explained:
+        if root_of(ids) in explained:
             continue
         misses = [m for m in engine.misses if m.ids is not None and m.ids.node is ids]
         if not misses and not _feeds_weights(engine, ids):
             continue
-        explained.add(ids)
+        explained.add(root_of(ids))
         sites.append(_nearest_miss(engine, misses, ids, user))
     return sites + _unrouted_misses(engine, explained)
 

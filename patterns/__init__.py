@@ -16,11 +16,13 @@ from . import (
     gathered_weights,
     grouped_mm,
     index_add_loop,
+    slot_loop,
     stack_gather,
 )
 
 FORMS: tuple[ModuleType, ...] = (
     grouped_mm,
+    slot_loop,
     index_add_loop,
     bool_mask_loop,
     dense_loop,

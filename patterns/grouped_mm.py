@@ -160,11 +160,16 @@ def _slice_counts(engine: Engine, node: fx.Node) -> Any:
     return replace(fact, dims=((Atom("e", argument(node, 3, "end")),),))
 
 
+def _is_one_hot(gate: Gate) -> bool:
+    """Whether a gate counts every pair once."""
+    return gate.weight is None and gate.expert is None and gate.rows is None and gate.slot is None
+
+
 def _sum_one_hot(engine: Engine, node: fx.Node) -> Any:
     """``one_hot(ids.view(-1), E).sum(0)``."""
     gate = engine.fact(node.args[0])
     dims = argument(node, 1, "dim")
-    if not isinstance(gate, Gate) or gate.weight is not None or gate.expert is not None or dims is None:
+    if not isinstance(gate, Gate) or not _is_one_hot(gate) or dims is None:
         return None
     chosen = [normal_dim(d, len(gate.dims)) for d in ([dims] if isinstance(dims, int) else dims)]
     left = [d for i, d in enumerate(gate.dims) if i not in chosen]
@@ -175,7 +180,7 @@ def _sum_one_hot(engine: Engine, node: fx.Node) -> Any:
 
 def _cumsum(engine: Engine, node: fx.Node) -> Any:
     fact = engine.fact(node.args[0])
-    if isinstance(fact, Gate) and names(fact.dims) == (("e",),) and fact.weight is None and fact.rows is None:
+    if isinstance(fact, Gate) and names(fact.dims) == (("e",),) and _is_one_hot(fact):
         fact = Counts(fact.dims, fact.ids)  # T = 1: the one-hot rows were summed over the slots alone
     return replace(fact, ends=True) if isinstance(fact, Counts) and not fact.ends else None
 

@@ -306,6 +306,23 @@ def test_ids_that_may_repeat_an_expert_are_not_taken_for_a_scatter():
     assert outcome.ops == [] and outcome.codes == ["MC207"]
 
 
+def test_ids_that_may_repeat_an_expert_are_not_weighted_by_their_sum_once_per_slot():
+    class External(Loop):
+        def forward(self, x, w, ids):
+            out = torch.zeros_like(x)
+            for e, mlp in enumerate(self.mlps):
+                token, _ = torch.where(ids == e)
+                total = (w * (ids == e)).sum(-1)  # both weights of a repeated expert, and the token stands twice
+                out.index_add_(0, token, mlp(x[token]) * total[token, None])
+            return out
+
+    layer, x, w, ids = External().eval(), torch.randn(6, 32), torch.rand(6, 2), torch.randint(4, (6, 1)).expand(6, 2)
+    outcome = rewritten(layer, x, w, ids)
+    with torch.no_grad():
+        assert relative(outcome.out, layer(x, w, ids)) < 1e-6
+    assert outcome.ops == [] and outcome.codes == ["MC207"]
+
+
 def test_ids_of_unknown_range_do_not_index_weights():
     class External(Layer):
         def __init__(self):

@@ -8,29 +8,24 @@ from typing import Any
 from torch import fx
 
 from ..canonical import shape_of
+from . import scatter
 from .engine import Engine, Rules, argument, aten, is_float, normal_dim, rank
 from .facts import (
-    Atom,
     Dims,
     Filled,
     Gate,
-    Index,
-    Inverse,
     Part,
     Picked,
-    Range,
     RouterWeight,
     Sum,
     Val,
     flat_names,
-    names,
     refuse,
     same,
     size_of,
     unify,
 )
-from .routing import as_router_weight, ids_dims, pair_ids, sum_gate, token_count, top_k
-from .rows import is_token_range, names_token, rows_of_mask
+from .routing import as_router_weight, pair_ids, sum_gate, top_k
 
 
 def is_output(engine: Engine, fact: Any) -> bool:
@@ -226,130 +221,8 @@ def as_router_weight_at(engine: Engine, node: fx.Node, dims: Dims) -> Any:
     return as_router_weight(engine, node, Gate(dims, engine.leaf(node)), dims)
 
 
-# ------------------------------------------------------------------------------------- scattered sums
-
-
-def _index_add(engine: Engine, node: fx.Node) -> Any:
-    target, dim, index, src = node.args[0], node.args[1], node.args[2], node.args[3]
-    if argument(node, 4, "alpha", 1) != 1:
-        raise refuse("MC304", f"index_add with alpha={argument(node, 4, 'alpha')}", node)
-    return _scatter_sum(engine, node, target, dim, index, src)
-
-
-def _scatter_add(engine: Engine, node: fx.Node) -> Any:
-    target, dim, index, src = node.args[0], node.args[1], node.args[2], node.args[3]
-    where = engine.fact(index)
-    if not isinstance(where, Index) or names(where.dims) != (("r",), ("*",)):
-        return None  # not one token per row
-    return _scatter_sum(engine, node, target, dim, index, src)
-
-
-def _scatter_sum(engine: Engine, node: fx.Node, target: Any, dim: Any, index: Any, src: Any) -> Any:
-    """Rows added into ``zeros`` or a running sum at their tokens."""
-    where, val, into = engine.fact(index), engine.fact(src), engine.fact(target)
-    if not isinstance(val, Val):
-        return None
-    if not isinstance(where, Index) or not names_token(engine, where):
-        raise refuse("MC207", "expert outputs are added at positions that are not the routed tokens", node)
-    if normal_dim(int(dim), rank(target)) != 0 or rank(target) != 2:
-        return None
-    if where.rows != val.rows:
-        raise refuse("MC207", "an expert's output is added to other rows than it was computed on", node)
-    return _accumulate(engine, node, target, into, val)
-
-
-def _accumulate(engine: Engine, node: fx.Node, target: fx.Node, into: Any, val: Val) -> Sum:
-    shape = shape_of(target)
-    dims: Dims = ((Atom("t0", shape[0]),) if not same(shape[0], 1) else (), (Atom("f", shape[1]),))
-    part = Part(replace(val, dims=dims), val.gate)
-    if isinstance(into, Sum):
-        return replace(into, parts=(*into.parts, part))
-    if isinstance(into, Filled) and into.number == 0:
-        return Sum(dims, (part,))
-    if isinstance(into, Filled):
-        raise refuse("MC210", f"the sum over experts starts from {into.number}, not from zero", node)
-    raise refuse("MC210", "the sum over experts starts from another tensor, not from zeros", node)
-
-
-def _index_put(engine: Engine, node: fx.Node) -> Any:
-    target, indices, src = node.args[0], node.args[1], node.args[2]
-    assert isinstance(target, fx.Node) and isinstance(indices, (list, tuple))
-    accumulate = bool(argument(node, 3, "accumulate", False))
-    into, value = engine.fact(target), engine.fact(src)
-    where = [(i, n) for i, n in enumerate(indices) if isinstance(n, fx.Node)]
-    if len(where) == 2:
-        return _combine_matrix(engine, node, target, where, src)
-    if len(where) != 1 or where[0][0] != 0:
-        return None
-    index = engine.fact(where[0][1])
-    if isinstance(index, Index) and index.what == "pair":
-        return _unsort_put(engine, node, into, index, value, src)
-    rows = index.rows if isinstance(index, Index) and names_token(engine, index) else None
-    if isinstance(index, Gate):
-        rows = rows_of_mask(index)
-    if rows is None:
-        return None
-    if isinstance(value, Picked):
-        if value.rows != rows or value.buffer is not engine.base(target) or value.version != engine.version(target):
-            raise refuse("MC204", "the running sum was written between reading and assigning its rows", node)
-        if value.part is None or accumulate:
-            return None
-        found = _accumulate(engine, node, target, into, value.part.val)
-        # Reading, adding and writing back loses a term if a token stands twice among the rows.
-        return found if rows.kind == "hit_token" else replace(found, needs=found.needs | {"distinct"})
-    if not isinstance(value, Val) or value.rows != rows:
-        return None
-    if accumulate:
-        return _accumulate(engine, node, target, into, value)
-    if same(top_k(engine, rows.ids), 1):
-        return _accumulate(engine, node, target, into, value)
-    raise refuse("MC304", "an expert's output overwrites the result (= instead of +=) although K > 1", node)
-
-
-def _combine_matrix(engine: Engine, node: fx.Node, target: fx.Node, where: Any, src: Any) -> Any:
-    """``zeros[T, E][arange(T)[:, None], ids] = w``."""
-    (i, first), (j, second) = where
-    filled = engine.fact(target)
-    tokens = engine.fact(first)
-    if (i, j) != (0, 1) or not isinstance(tokens, Range) or not isinstance(filled, Filled):
-        return None
-    if not is_token_range(engine, tokens, second):
-        return None
-    found = ids_dims(engine, second)
-    shape = shape_of(target)
-    if found is None or filled.number != 0 or not isinstance(src, fx.Node) or engine.fact(src) is not None:
-        return None
-    leaf, dims = found
-    if len(shape) != 2 or len(dims) != 2 or shape_of(src) != shape_of(second) or not is_float(src):
-        return None
-    out = (dims[0], (Atom("e", shape[1]),))
-    adds = bool(argument(node, 3, "accumulate", False))
-    return Gate(out, leaf, weight=RouterWeight(engine.flat_leaf(src)), summed=True, distinct=not adds)
-
-
-def _unsort_put(engine: Engine, node: fx.Node, into: Any, index: Index, value: Any, src: Any) -> Any:
-    """``buffer[order] = rows``: back to pair order; ``buffer[order] = arange``: the inverse permutation."""
-    if not isinstance(into, Filled) or argument(node, 3, "accumulate", False):
-        return None
-    size = shape_of(node)[0]
-    ids = index.rows.ids
-    k = top_k(engine, ids)
-    tokens = token_count(engine, ids)
-    if not same(size, tokens * k):
-        return None
-    label = tuple(x for x in (Atom("t0", tokens), Atom("k", k)) if not same(x.size, 1))
-    if isinstance(value, Range) and value.start == 0:
-        return Inverse((label,), index.rows)
-    if isinstance(value, Val) and value.rows == index.rows and len(value.dims) == 2:
-        gate = replace(value.gate, rows=None) if value.gate is not None else None
-        return replace(value, dims=(label, value.dims[1]), rows=None, gate=gate)
-    return None
-
-
 RULES: Rules = {
     aten.add.Tensor: _add, aten.add_.Tensor: _add,
     aten.sum.dim_IntList: _sum,
-    aten.index_add_.default: _index_add, aten.index_add.default: _index_add,
-    aten.scatter_add_.default: _scatter_add, aten.scatter_add.default: _scatter_add,
-    aten.index_put_.default: _index_put, aten.index_put.default: _index_put,
+    **scatter.RULES,
 }  # fmt: skip

@@ -17,6 +17,7 @@ from torch import fx
 
 from ..canonical import Canonical, shape_of, tensor_inputs, value
 from ..spec import NoMatch
+from ..torch_compat import statically_true
 from .facts import Ids, Leaf, Sum, Val
 
 Rule = Callable[["Engine", fx.Node], Any]
@@ -247,9 +248,7 @@ class Engine:
 
     def flat_leaf(self, node: fx.Node) -> Leaf:
         """``leaf`` of what lies under views that keep the row-major order: the lowering reshapes anyway."""
-        while node.target in _FLAT_VIEWS and isinstance(node.args[0], fx.Node):
-            node = node.args[0]
-        return self.leaf(node)
+        return self.leaf(under_flat_views(node))
 
     def strip(self, node: fx.Node) -> fx.Node:
         """Through integer casts and copies, which change no id."""
@@ -294,6 +293,16 @@ class Engine:
             if found is not None:
                 return found
         return None
+
+
+def under_flat_views(node: fx.Node) -> fx.Node:
+    """What lies under views that keep every element in row-major order."""
+    while node.args and isinstance(source := node.args[0], fx.Node):
+        one = node.target is aten.select.int and statically_true(shape_of(source)[node.args[1]] == 1)  # type: ignore[index]
+        if not one and node.target not in _FLAT_VIEWS:
+            break
+        node = source
+    return node
 
 
 def ids_of(fact: Any) -> Leaf | None:

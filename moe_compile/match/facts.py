@@ -199,12 +199,14 @@ class RouterWeight:
 @dataclass(frozen=True)
 class Rows:
     """A row space ``r``. ``hit``: the pairs with id ``expert``; ``hit_token``: the tokens that have such a pair;
-    ``sorted``: all pairs in expert order. ``order`` is the order of enumeration (labels of the mask)."""
+    ``sorted``: all pairs in expert order. ``order`` is the order of enumeration (labels of the mask). ``slot``: only
+    the pairs of one slot."""
 
     kind: str
     ids: Leaf
     expert: int | None = None
     order: tuple[tuple[str, ...], ...] = ()
+    slot: int | None = None
 
 
 @dataclass(frozen=True)
@@ -212,7 +214,7 @@ class Gate(Fact):
     """``w * [ids == e]`` (``w`` None: one); summed over ``k`` when ``summed``; on picked rows when ``rows``.
 
     ``expert`` None means that the expert is the ``e`` atom among the dimensions. ``distinct``: right only if no
-    token names an expert twice. ``boolean``: a truth value.
+    token names an expert twice. ``boolean``: a truth value. ``slot``: only this slot of the ids counts.
     """
 
     ids: Leaf
@@ -222,6 +224,7 @@ class Gate(Fact):
     boolean: bool = False
     distinct: bool = False
     rows: Rows | None = None
+    slot: int | None = None
 
 
 @dataclass(frozen=True)

@@ -214,6 +214,8 @@ def _same_routing(total: Sum, node: fx.Node) -> Leaf:
     leaves = set()
     for part in total.parts:
         gate, rows = _gate_of(part), part.val.rows
+        if any(of is not None and of.slot is not None for of in (gate, rows)):
+            raise refuse("MC213", "some experts are summed over one slot of the top-k only", node)
         leaves |= {gate.ids} if gate is not None else set()
         leaves |= {rows.ids} if rows is not None else set()
         leaves |= {s.weight.ids for s in part.val.slots if s.weight.ids is not None}

@@ -31,6 +31,7 @@ from .facts import (
     token_dims,
     unify,
 )
+from .slots import of_one_slot
 from .values import lift, x_rows
 
 
@@ -155,7 +156,7 @@ def weigh(engine: Engine, node: fx.Node, gate: Gate, other: Any) -> Gate | None:
 
 
 def _labels_of_ids(engine: Engine, gate: Gate) -> set[str]:
-    return set() if same(top_k(engine, gate.ids), 1) else {"k"}
+    return set() if of_one_slot(gate, top_k(engine, gate.ids)) else {"k"}
 
 
 def _mul(engine: Engine, node: fx.Node) -> Any:

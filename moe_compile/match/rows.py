@@ -8,18 +8,17 @@ from typing import Any
 from torch import fx
 
 from ..canonical import shape_of, value
-from .engine import Engine, Rules, argument, aten, ids_of, is_float, is_integer, normal_dim, rank
+from . import gathered
+from .engine import Engine, Rules, argument, aten, ids_of, is_float, normal_dim, rank
 from .facts import (
     Atom,
     Coordinates,
     Dim,
-    Dims,
     Filled,
     Gate,
     Ids,
     Index,
     Inverse,
-    Leaf,
     Picked,
     Range,
     RouterWeight,
@@ -33,10 +32,11 @@ from .facts import (
     names,
     refuse,
     same,
-    size_of,
 )
-from .routing import as_router_weight, ids_dims, token_count, top_k
-from .values import lift, weight_leaf, x_leaf, x_rows
+from .gathered import all_by_ids, by_ids, is_token_range
+from .routing import as_router_weight, token_count, top_k
+from .slots import of_one_slot, root_of
+from .values import lift, x_leaf, x_rows
 
 
 def rows_of_mask(gate: Gate) -> Rows | None:
@@ -44,7 +44,7 @@ def rows_of_mask(gate: Gate) -> Rows | None:
     if gate.weight is not None or gate.expert is None or gate.rows is not None or "e" in flat_names(gate.dims):
         return None
     kind = "hit" if "k" in flat_names(gate.dims) or not gate.distinct else "hit_token"
-    return Rows(kind, gate.ids, gate.expert, names(gate.dims))
+    return Rows(kind, gate.ids, gate.expert, names(gate.dims), gate.slot)
 
 
 def _nonzero(engine: Engine, node: fx.Node) -> Any:
@@ -110,7 +110,9 @@ def pick(fact: Any, dim: int, index: Index, node: fx.Node) -> Any:
     if isinstance(fact, Gate):
         if fact.rows is not None:
             return None
-        return replace(fact, dims=dims, rows=index.rows)
+        # A token that names the expert twice stands in two rows, each with the sum of both weights.
+        twice = fact.summed and any("k" in label for label in index.rows.order)
+        return replace(fact, dims=dims, rows=index.rows, distinct=fact.distinct or twice)
     return None
 
 
@@ -130,7 +132,7 @@ def _index(engine: Engine, node: fx.Node) -> Any:
         if isinstance(fact, Inverse) and dim == 0:
             return _unsort(engine, node, source, fact)
         if fact is None or isinstance(fact, (Ids, SortedIds)):
-            return _by_ids(engine, node, source, dim, index, fact)
+            return by_ids(engine, node, source, dim, index, fact)
         return None
     if len(where) == 2 and [i for i, _ in where] == [0, 1]:
         a, b = facts
@@ -149,7 +151,7 @@ def _by_rows(engine: Engine, node: fx.Node, source: fx.Node, dim: int, index: In
         isinstance(fact, (Sum, Filled))
         and dim == 0
         and names_token(engine, index)
-        and ids_of(fact) in (None, index.rows.ids)
+        and _accumulates(fact, index.rows)
     ):
         return Picked(
             (index.dims[0], (Atom("f", shape_of(source)[-1]),)), engine.base(source), engine.version(source), index.rows
@@ -160,6 +162,8 @@ def _by_rows(engine: Engine, node: fx.Node, source: fx.Node, dim: int, index: In
         return None
     if isinstance(fact, Gate):
         return pick(fact, dim, index, node)
+    if dim == 0 and (picked := _token_weight(engine, source, index.rows, index.dims[0])) is not None:
+        return picked
     val = x_rows(engine, source)
     return pick(val, dim, index, node) if val is not None else None
 
@@ -172,7 +176,7 @@ def _by_mask(engine: Engine, node: fx.Node, source: fx.Node, mask: Gate) -> Any:
     row: Dim = (Atom("r", shape_of(node)[0]),)
     fact = engine.fact(source)
     shape = shape_of(source)
-    if isinstance(fact, (Sum, Filled)) and "k" not in flat_names(mask.dims) and ids_of(fact) in (None, mask.ids):
+    if isinstance(fact, (Sum, Filled)) and "k" not in flat_names(mask.dims) and _accumulates(fact, rows):
         return Picked((row, (Atom("f", shape[-1]),)), engine.base(source), engine.version(source), rows)
     if fact is None and "k" in flat_names(mask.dims) and n == len(shape):
         gate = Gate(mask.dims, mask.ids, expert=mask.expert)
@@ -180,11 +184,31 @@ def _by_mask(engine: Engine, node: fx.Node, source: fx.Node, mask: Gate) -> Any:
         return None if weight is None else replace(gate, dims=(row,), weight=weight, rows=rows, summed=True)
     if isinstance(fact, Gate) and names(fact.dims[:n]) == names(mask.dims) and fact.rows is None:
         return replace(fact, dims=(row, *fact.dims[n:]), rows=rows)
+    if n == 1 and (picked := _token_weight(engine, source, rows, row)) is not None:
+        return picked
     if "k" not in flat_names(mask.dims) and not isinstance(fact, (Gate, Wt)):
         val = x_rows(engine, source)
         if val is not None and names(val.dims[:n]) == names(mask.dims):
             return replace(val, dims=(row, *val.dims[n:]), rows=rows)
     return None
+
+
+def _accumulates(fact: Any, rows: Rows) -> bool:
+    """Whether a sum is the one that rows of this routing are added to, not the value of an earlier layer."""
+    ids = ids_of(fact)
+    return ids is None or root_of(ids.node) is root_of(rows.ids.node)
+
+
+def _token_weight(engine: Engine, source: fx.Node, rows: Rows, row: Dim) -> Gate | None:
+    """``w[:, k][tokens]``, ``w[mask, k]``: one router weight per token, where the rows hold a token at most once."""
+    shape = shape_of(source)
+    if not of_one_slot(rows, top_k(engine, rows.ids)) or engine.fact(source) is not None or not is_float(source):
+        return None
+    if not shape or any(not same(s, 1) for s in shape[1:]) or not same(shape[0], token_count(engine, rows.ids)):
+        return None
+    dims = (row, *(() for _ in shape[1:]))
+    weight = RouterWeight(engine.flat_leaf(source))
+    return Gate(dims, rows.ids, weight=weight, expert=rows.expert, summed=True, rows=rows, slot=rows.slot)
 
 
 def _pair_weight(engine: Engine, node: fx.Node, source: fx.Node, token: Index, slot: Index) -> Any:
@@ -234,96 +258,6 @@ def _unsort(engine: Engine, node: fx.Node, source: fx.Node, inverse: Inverse) ->
     return replace(val, dims=(*inverse.dims, val.dims[1]), rows=None, gate=gate)
 
 
-def gathered_weight(engine: Engine, node: fx.Node, source: fx.Node, ids: Leaf, dims: Dims) -> Any:
-    """``weights[ids]``: each pair's own weight, labelled by the pair's dimensions."""
-    shape = shape_of(source)
-    if len(shape) not in (2, 3) or not all(isinstance(s, int) for s in shape) or not is_float(source):
-        return None
-    if len(shape) == 2:
-        weight: Any = Wt(((Atom("e", shape[0]),), (Atom("w0", shape[1]),)), engine.leaf(source), "axis")
-    else:
-        weight = lift(engine, source, weight_leaf)
-    if not isinstance(weight, Wt) or weight.source != "axis" or names(weight.dims[:1]) != (("e",),):
-        return None
-    return replace(weight, dims=(*dims, *weight.dims[1:]), source="ids", ids=ids, expert=weight.dims[0][0].size)
-
-
-def _by_ids(engine: Engine, node: fx.Node, source: fx.Node, dim: int, index: fx.Node, fact: Any) -> Any:
-    if isinstance(fact, SortedIds):
-        found = gathered_weight(engine, node, source, fact.rows.ids, fact.dims) if dim == 0 else None
-        return found
-    if not is_integer(index):
-        return None
-    val = engine.fact(source)
-    if isinstance(val, Val) and dim == 1 and "e" in flat_names(val.dims):
-        return None
-    if (val is not None and not isinstance(val, Wt)) or not engine.is_param(source) or dim != 0:
-        return None
-    found = ids_dims(engine, index)
-    if found is None:
-        return None
-    leaf, dims = found
-    return gathered_weight(engine, node, source, leaf, dims)
-
-
-def is_token_range(engine: Engine, tokens: Range, ids: fx.Node) -> bool:
-    """Whether ``tokens`` is ``arange(T)`` standing before the slots of ``ids [T, K]``: ``[T, 1]`` (or ``[T]``)."""
-    found = ids_dims(engine, ids)
-    if found is None or tokens.start != 0 or names(tokens.dims[:1]) != (("i",),) or any(tokens.dims[1:]):
-        return False
-    return len(tokens.dims) == len(found[1]) and same(size_of(tokens.dims[0]), token_count(engine, found[0]))
-
-
-def all_by_ids(engine: Engine, node: fx.Node, source: fx.Node, index: fx.Node, dim: int) -> Any:
-    """Outputs of all experts ``[t, e, f]`` gathered by the ids along ``e``: one output per pair ``[t, k, f]``."""
-    val = engine.fact(source)
-    if not isinstance(val, Val) or val.rows is not None or names((val.dims[dim],)) != (("e",),):
-        return None
-    found = ids_dims(engine, index)
-    if found is None:
-        return None
-    leaf, dims = found
-    experts = val.dims[dim][0].size
-    slot = tuple(d for d in dims if names((d,)) == (("k",),))
-    label: Dim = slot[0] if slot else ()
-    slots = tuple(
-        replace(s, weight=replace(s.weight, source="ids", ids=leaf, expert=experts)) if s.weight.source == "axis" else s
-        for s in val.slots
-    )
-    if val.gate is not None:
-        return None
-    return replace(val, dims=(*val.dims[:dim], label, *val.dims[dim + 1 :]), slots=slots, expert=experts)
-
-
-def _gather(engine: Engine, node: fx.Node) -> Any:
-    """``gather(ys, dim_e, ids[..., None].expand(...))`` and ``take_along_dim``."""
-    source, dim, index = node.args[0], argument(node, 1, "dim"), argument(node, 2, "index")
-    if node.target is aten.take_along_dim.default:
-        dim, index = index, dim
-    assert isinstance(source, fx.Node) and isinstance(index, fx.Node)
-    val = engine.fact(source)
-    if isinstance(val, Gate) and val.weight is None:
-        return None
-    if not isinstance(val, Val) or dim is None:
-        return None
-    d = normal_dim(int(dim), len(val.dims))
-    found = ids_dims(engine, index)
-    if found is None or names((val.dims[d],)) != (("e",),):
-        return None
-    _, dims = found
-    # The index must be ids over (t, k) at the right places and a plain copy over the features.
-    for i, (mine, theirs) in enumerate(zip(val.dims, dims, strict=True)):
-        label = names((theirs,))[0]
-        if i == d:
-            if label not in (("k",), ()):
-                return None
-        elif names((mine,))[0] != label and (label != ("*",) or names((mine,)) != (("f",),)):
-            return None
-        if names((mine,))[0] == ("f",) and label != ("*",) and node.target is not aten.take_along_dim.default:
-            return None
-    return all_by_ids(engine, node, source, index, d)
-
-
 def _index_select(engine: Engine, node: fx.Node) -> Any:
     source, dim, index = node.args[0], node.args[1], node.args[2]
     assert isinstance(source, fx.Node) and isinstance(index, fx.Node) and isinstance(dim, int)
@@ -333,7 +267,7 @@ def _index_select(engine: Engine, node: fx.Node) -> Any:
     if isinstance(fact, Inverse) and dim == 0:
         return _unsort(engine, node, source, fact)
     if fact is None or isinstance(fact, (Ids, SortedIds)):
-        return _by_ids(engine, node, source, normal_dim(dim, rank(source)), index, fact)
+        return by_ids(engine, node, source, normal_dim(dim, rank(source)), index, fact)
     return None
 
 
@@ -342,5 +276,5 @@ RULES: Rules = {
     aten.select.int: _column, aten.unbind.int: _column, aten.squeeze.dim: _column, aten.view.default: _column,
     aten.reshape.default: _column, aten.flatten.using_ints: _column, aten.squeeze.default: _column,
     aten.index.Tensor: _index, aten.index_select.default: _index_select,
-    aten.gather.default: _gather, aten.take_along_dim.default: _gather,
+    **gathered.RULES,
 }  # fmt: skip

@@ -13,6 +13,7 @@ from ..canonical import shape_of, value
 from .engine import FLOATS, Engine, Rules, argument, aten, normal_dim
 from .facts import (
     Atom,
+    Coordinates,
     Dim,
     Dims,
     Fact,
@@ -34,7 +35,8 @@ def _through(engine: Engine, node: fx.Node) -> Fact | None:
 
 
 def _first(engine: Engine, node: fx.Node) -> Any:
-    return engine.fact(node.args[0])
+    fact = engine.fact(node.args[0])
+    return None if isinstance(fact, Coordinates) else fact  # a matrix of numbers: its columns have their own rule
 
 
 def cast(engine: Engine, node: fx.Node) -> Fact | None:
@@ -157,6 +159,8 @@ def take(fact: Any, dim: int, start: int, stop: int, step: int) -> Fact | None:
         return fact  # the whole of it
     if isinstance(fact, Gate) and name == "e" and count == 1 and fact.expert is None:
         return replace(fact, dims=dims, expert=start)
+    if isinstance(fact, Gate) and name == "k" and count == 1 and fact.weight is None and fact.rows is None:
+        return replace(fact, dims=dims, slot=start, summed=True)
     if isinstance(fact, Wt):
         if name == "e" and fact.source == "axis" and count == 1:
             return replace(fact, dims=dims, source="row", expert=start)
@@ -195,7 +199,7 @@ def _select(engine: Engine, node: fx.Node) -> Fact | None:
     fact = engine.fact(source)
     if fact is None:
         fact = stacked_parameter(engine, source)
-    if fact is None or not isinstance(index, int):
+    if fact is None or isinstance(fact, Coordinates) or not isinstance(index, int):
         return None
     dim = normal_dim(dim, len(fact.dims))
     size = shape_of(source)[dim]
@@ -259,7 +263,7 @@ def _multi(engine: Engine, node: fx.Node) -> list[Any] | None:
     """chunk, split, unbind: one fact per output, kept as a list for ``getitem``."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    fact = engine.fact(source)
+    fact = _first(engine, node)
     if fact is None and node.target is aten.unbind.int:
         fact = stacked_parameter(engine, source)
     pieces = _pieces(node) if fact is not None else None

@@ -1,0 +1,107 @@
+"""Rules for what the ids gather: each pair's own weights, or each pair's output among those of all experts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import fx
+
+from ..canonical import shape_of
+from .engine import Engine, Rules, argument, aten, is_float, is_integer, normal_dim
+from .facts import Atom, Dim, Dims, Gate, Leaf, Range, SortedIds, Val, Wt, flat_names, names, same, size_of
+from .routing import ids_dims, token_count
+from .values import lift, weight_leaf
+
+
+def gathered_weight(engine: Engine, node: fx.Node, source: fx.Node, ids: Leaf, dims: Dims) -> Any:
+    """``weights[ids]``: each pair's own weight, labelled by the pair's dimensions."""
+    shape = shape_of(source)
+    if len(shape) not in (2, 3) or not all(isinstance(s, int) for s in shape) or not is_float(source):
+        return None
+    if len(shape) == 2:
+        weight: Any = Wt(((Atom("e", shape[0]),), (Atom("w0", shape[1]),)), engine.leaf(source), "axis")
+    else:
+        weight = lift(engine, source, weight_leaf)
+    if not isinstance(weight, Wt) or weight.source != "axis" or names(weight.dims[:1]) != (("e",),):
+        return None
+    return replace(weight, dims=(*dims, *weight.dims[1:]), source="ids", ids=ids, expert=weight.dims[0][0].size)
+
+
+def by_ids(engine: Engine, node: fx.Node, source: fx.Node, dim: int, index: fx.Node, fact: Any) -> Any:
+    if isinstance(fact, SortedIds):
+        found = gathered_weight(engine, node, source, fact.rows.ids, fact.dims) if dim == 0 else None
+        return found
+    if not is_integer(index):
+        return None
+    val = engine.fact(source)
+    if isinstance(val, Val) and dim == 1 and "e" in flat_names(val.dims):
+        return None
+    if (val is not None and not isinstance(val, Wt)) or not engine.is_param(source) or dim != 0:
+        return None
+    found = ids_dims(engine, index)
+    if found is None:
+        return None
+    leaf, dims = found
+    return gathered_weight(engine, node, source, leaf, dims)
+
+
+def is_token_range(engine: Engine, tokens: Range, ids: fx.Node) -> bool:
+    """Whether ``tokens`` is ``arange(T)`` standing before the slots of ``ids [T, K]``: ``[T, 1]`` (or ``[T]``)."""
+    found = ids_dims(engine, ids)
+    if found is None or tokens.start != 0 or names(tokens.dims[:1]) != (("i",),) or any(tokens.dims[1:]):
+        return False
+    return len(tokens.dims) == len(found[1]) and same(size_of(tokens.dims[0]), token_count(engine, found[0]))
+
+
+def all_by_ids(engine: Engine, node: fx.Node, source: fx.Node, index: fx.Node, dim: int) -> Any:
+    """Outputs of all experts ``[t, e, f]`` gathered by the ids along ``e``: one output per pair ``[t, k, f]``."""
+    val = engine.fact(source)
+    if not isinstance(val, Val) or val.rows is not None or names((val.dims[dim],)) != (("e",),):
+        return None
+    found = ids_dims(engine, index)
+    if found is None:
+        return None
+    leaf, dims = found
+    experts = val.dims[dim][0].size
+    slot = tuple(d for d in dims if names((d,)) == (("k",),))
+    label: Dim = slot[0] if slot else ()
+    slots = tuple(
+        replace(s, weight=replace(s.weight, source="ids", ids=leaf, expert=experts)) if s.weight.source == "axis" else s
+        for s in val.slots
+    )
+    if val.gate is not None:
+        return None
+    return replace(val, dims=(*val.dims[:dim], label, *val.dims[dim + 1 :]), slots=slots, expert=experts)
+
+
+def _gather(engine: Engine, node: fx.Node) -> Any:
+    """``gather(ys, dim_e, ids[..., None].expand(...))`` and ``take_along_dim``."""
+    source, dim, index = node.args[0], argument(node, 1, "dim"), argument(node, 2, "index")
+    if node.target is aten.take_along_dim.default:
+        dim, index = index, dim
+    assert isinstance(source, fx.Node) and isinstance(index, fx.Node)
+    val = engine.fact(source)
+    if isinstance(val, Gate) and val.weight is None:
+        return None
+    if not isinstance(val, Val) or dim is None:
+        return None
+    d = normal_dim(int(dim), len(val.dims))
+    found = ids_dims(engine, index)
+    if found is None or names((val.dims[d],)) != (("e",),):
+        return None
+    _, dims = found
+    # The index must be ids over (t, k) at the right places and a plain copy over the features.
+    for i, (mine, theirs) in enumerate(zip(val.dims, dims, strict=True)):
+        label = names((theirs,))[0]
+        if i == d:
+            if label not in (("k",), ()):
+                return None
+        elif names((mine,))[0] != label and (label != ("*",) or names((mine,)) != (("f",),)):
+            return None
+        if names((mine,))[0] == ("f",) and label != ("*",) and node.target is not aten.take_along_dim.default:
+            return None
+    return all_by_ids(engine, node, source, index, d)
+
+
+RULES: Rules = {aten.gather.default: _gather, aten.take_along_dim.default: _gather}
