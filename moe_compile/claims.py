@@ -8,19 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import fx
 
 from .canonical import shape_of
 from .legality import Region, is_size_check
 from .loops import marks
 from .match.engine import Engine, writes
-from .match.facts import Fact, Gate
+from .match.facts import refuse
 from .match.layer import Found, prove_range
-from .match.marks import Block, blocks
+from .match.marks import Block, blocks, pairs_of
+from .match.shrunk import Loop
+from .match.slots import root_of
 from .spec import NoMatch
+from .torch_compat import statically_true
 
 
 @dataclass(frozen=True)
@@ -39,44 +40,58 @@ def check(engine: Engine, layers: Sequence[tuple[Found, Region]]) -> list[Broken
             _holds(engine, block, layers)
         except NoMatch as error:
             broken.append(Broken(block.site, error))
+    for loop in engine.loops:
+        try:
+            _stands_for_all(engine, loop, layers)
+        except NoMatch as error:
+            broken.append(Broken(loop.site, error))
     return broken
 
 
-def _holds(engine: Engine, block: Block, layers: Sequence[tuple[Found, Region]]) -> None:
-    if block.ids is None or block.expert is None:
-        raise NoMatch("MC213", "what decides whether this code runs is not the routing of one expert", block.evidence)
-    layer = next((both for both in layers if both[0].routing.ids == block.ids), None)
-    if layer is None:
-        raise NoMatch("MC213", "the layer around this code was not rewritten", block.evidence)
-    found, region = layer
-    if torch.fx.experimental.symbolic_shapes.statically_known_true(shape_of(found.routing.x.node)[0] == 0):
-        raise NoMatch("MC213", "there are no tokens", block.evidence)
-    if block.every:
-        prove_range(engine, block.ids, found.moe.experts.num_experts, found.output)
+def _stands_for_all(engine: Engine, loop: Loop, layers: Sequence[tuple[Found, Region]]) -> None:
+    """Nothing leaves a loop that was traced for two experts but sums that cover all, inside a proved layer."""
+    if loop.end < 0 or not loop.grown:
+        raise refuse("MC215", "a loop over experts does not end in their sum")
+    regions = [region for _, region in layers]
+    if not any(loop.grown & region.nodes for region in regions):
+        raise refuse("MC215", "the layer around a loop over experts was not rewritten")
     for node, at in engine.position.items():
-        if not block.begin < at < block.end or node.target in marks.OPS[:1] or node.op != "call_function":
+        if not loop.begin < at < loop.end or node.op != "call_function" or node.target is marks.mark:
             continue
-        fact = engine.first_facts.get(node)
-        expert = _expert(fact)
-        if expert is not None and expert != block.expert:
-            raise NoMatch("MC213", f"a step of expert {expert} runs only if expert {block.expert} has tokens", node)
+        inside = any(node in region.nodes for region in regions)
+        random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        if random or (writes(node.target) and not inside):
+            raise refuse("MC215", f"{node.name} happens once for every expert", node)
+        for user in node.users:
+            after = engine.position[user] > loop.end and not is_size_check(user) and user.target is not marks.mark
+            if after and node not in loop.grown and not is_size_check(node):
+                raise refuse("MC215", f"{node.name} of one expert is used after the loop", user)
+
+
+def _holds(engine: Engine, block: Block, layers: Sequence[tuple[Found, Region]]) -> None:
+    pairs = block.pairs
+    if pairs is None:
+        raise refuse("MC214", "what decides whether this code runs is not the routing of one expert", block.evidence)
+    routings = (pairs.ids.node, root_of(pairs.ids.node))
+    layer = next((both for both in layers if both[0].routing.ids.node in routings), None)
+    if layer is None:
+        raise refuse("MC214", "the layer around this code was not rewritten", block.evidence)
+    found, region = layer
+    if statically_true(shape_of(found.routing.x.node)[0] == 0):
+        raise refuse("MC214", "there are no tokens", block.evidence)
+    if block.every:
+        prove_range(engine, found.routing.ids, found.moe.experts.num_experts, found.output)
+    for node, at in engine.position.items():
+        if not block.begin < at < block.end or node.target is marks.mark or node.op != "call_function":
+            continue
+        own = pairs_of(engine.first_facts.get(node))
+        if own is not None and not pairs.hold(own):
+            raise refuse("MC214", f"a step of expert {own.expert} depends on the tokens of expert {pairs.expert}", node)
         if node in region.nodes or is_size_check(node):
             continue
-        if writes(node.target):
-            raise NoMatch("MC213", f"{node.name} is written only if expert {block.expert} has tokens", node)
+        if writes(node.target) or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            raise refuse("MC214", f"{node.name} happens only if expert {pairs.expert} has tokens", node)
         for user in node.users:
-            inside = block.begin < engine.position.get(user, block.end) < block.end
-            if not inside and user not in region.nodes and not is_size_check(user) and user.target not in marks.OPS:
-                raise NoMatch("MC213", f"{node.name} is made only if expert {block.expert} has tokens", user)
-
-
-def _expert(fact: Any) -> int | None:
-    """The single expert that a value belongs to."""
-    if not isinstance(fact, Fact):
-        return None
-    rows = getattr(fact, "rows", None)
-    if rows is not None and rows.expert is not None:
-        return int(rows.expert)
-    if isinstance(fact, Gate):
-        return fact.expert
-    return None
+            inside = block.begin < engine.position[user] < block.end
+            if not inside and user not in region.nodes and not is_size_check(user) and user.target is not marks.mark:
+                raise refuse("MC214", f"{node.name} is made only if expert {pairs.expert} has tokens", user)

@@ -245,13 +245,16 @@ def erase_marks(graph: fx.Graph) -> None:
             graph.erase_node(node)
     while todo:
         node = todo.pop()
-        unused = all(not user.users and is_size_check(user) for user in node.users)
-        if node.op not in ("call_function", "call_method") or not unused or _writes(node) or node._erased:
-            continue
-        for user in list(node.users):
-            graph.erase_node(user)
-        todo += node.all_input_nodes
-        graph.erase_node(node)
+        unused = all(is_size_check(user) for user in node.users)
+        if node.op in ("call_function", "call_method") and unused and not _writes(node) and not node._erased:
+            todo += node.all_input_nodes
+            _erase_with_users(graph, node)
+
+
+def _erase_with_users(graph: fx.Graph, node: fx.Node) -> None:
+    for user in list(node.users):
+        _erase_with_users(graph, user)
+    graph.erase_node(node)
 
 
 def _writes(node: fx.Node) -> bool:

@@ -12,7 +12,7 @@ import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import fx
@@ -220,7 +220,7 @@ def has_loop(code: types.CodeType) -> bool:
     return dis.opmap["FOR_ITER"] in code.co_code[::2] or any(has_loop(c) for c in inner)
 
 
-class TraceAgain(TensorifyScalarRestartAnalysis, UnspecializeRestartAnalysis):  # type: ignore[misc]
+class TraceAgain(TensorifyScalarRestartAnalysis, UnspecializeRestartAnalysis):
     """From inside a backend: let Dynamo trace the frame once more.
 
     The first base passes through Dynamo's call of a backend, the second clears its log of the attempt.

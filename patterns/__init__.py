@@ -17,10 +17,12 @@ from . import (
     grouped_mm,
     index_add_loop,
     slot_loop,
+    sorted_groups,
     stack_gather,
 )
 
 FORMS: tuple[ModuleType, ...] = (
+    sorted_groups,
     grouped_mm,
     slot_loop,
     index_add_loop,

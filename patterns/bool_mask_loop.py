@@ -54,7 +54,25 @@ class MaskedWeightSum(Layer):
         return out
 
 
-EXAMPLES = (BoolMask, MaskedWeightSum)
+class AnyMask(Layer):
+    """makeMoE: ``if mask.any():`` around the step of an expert."""
+
+    def __init__(self, **sizes: int) -> None:
+        super().__init__(**sizes)
+        self.mlps = nn.ModuleList(GatedMLP(self.hidden, self.inter) for _ in range(self.experts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.router(x)
+        out = torch.zeros_like(x)
+        for e, mlp in enumerate(self.mlps):
+            mask = (ids == e).any(dim=-1)
+            if mask.any():
+                g = torch.where(ids == e, w, 0.0).sum(-1)
+                out[mask] += g[mask, None] * mlp(x[mask])
+        return out
+
+
+EXAMPLES = (BoolMask, MaskedWeightSum, AnyMask)
 
 
 def match(engine: Engine, output: fx.Node, total: Sum) -> Found:

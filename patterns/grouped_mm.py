@@ -34,7 +34,7 @@ from moe_compile.match.facts import (
     refuse,
     same,
 )
-from moe_compile.match.layer import Found, build
+from moe_compile.match.layer import Found, build, chosen_from
 from moe_compile.match.routing import top_k
 from moe_compile.match.values import lift, linear_map, weight_leaf
 from moe_compile.spec import NoMatch
@@ -175,6 +175,8 @@ def _sum_one_hot(engine: Engine, node: fx.Node) -> Any:
     left = [d for i, d in enumerate(gate.dims) if i not in chosen]
     if names(tuple(left)) != (("e",),) or flat_names(gate.dims) - {"k", "e", "t0", "t1"}:
         return None
+    if gate.distinct and chosen_from(engine, gate.ids.node) is None:
+        return None  # an expert that a token names twice would count once
     return Counts((left[0],), gate.ids)
 
 

@@ -75,7 +75,25 @@ class SlotDense(Layer):
         return out
 
 
-EXAMPLES = (SlotThenExpert, ExpertThenSlot, SlotDense)
+class SlotAny(Layer):
+    """A mask for every slot and expert, skipped where it is empty."""
+
+    def __init__(self, **sizes: int) -> None:
+        super().__init__(**sizes)
+        self.mlps = nn.ModuleList(GatedMLP(self.hidden, self.inter) for _ in range(self.experts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.router(x)
+        out = torch.zeros_like(x)
+        for k in range(self.top_k):
+            for e in range(self.experts):
+                mask = ids[:, k] == e
+                if mask.any():
+                    out[mask] += w[mask, k, None] * self.mlps[e](x[mask])
+        return out
+
+
+EXAMPLES = (SlotThenExpert, ExpertThenSlot, SlotDense, SlotAny)
 
 
 def match(engine: Engine, output: fx.Node, total: Sum) -> Found:

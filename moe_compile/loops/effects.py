@@ -1,4 +1,4 @@
-"""Python state around a block that may be skipped, or traced for two experts only: it must be the same before and after.
+"""Python state around a block that may be skipped, or is traced for two experts only: it must not change there.
 
 Whatever a block does to tensors is in the graph and is judged there; what it does to Python objects (a counter on a
 module, a list) is not, so it is compared here while Dynamo traces.

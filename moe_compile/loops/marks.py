@@ -27,17 +27,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-library = torch.library.Library("moe_compile", "FRAGMENT")  # noqa: TOR901  (lives as long as the process)
+library = torch.library.Library("moe_compile", "FRAGMENT")
 library.define("mark(Tensor[] evidence, str kind, int[] numbers) -> ()")
 # rows [S, ..] of group ``index``: the groups stand one after the other, ``sizes [E]`` long (or end there: ``ends``)
 library.define("segment(Tensor rows, Tensor sizes, int index, bool ends) -> Tensor")
 # the rows of all groups one after the other again, as many as ``like`` has
 library.define("join(Tensor[] parts, Tensor like) -> Tensor")
+# two rows of the kind of ``rows``: an input for a probe
+library.define("blank(Tensor rows) -> Tensor")
 
 mark = torch.ops.moe_compile.mark.default
 segment = torch.ops.moe_compile.segment.default
 join = torch.ops.moe_compile.join.default
-OPS = (mark, segment, join)
+blank = torch.ops.moe_compile.blank.default
+OPS = (mark, segment, join, blank)
 
 
 @torch.library.register_fake("moe_compile::mark")
@@ -54,6 +57,11 @@ def _segment(rows: Tensor, sizes: Tensor, index: int, ends: bool) -> Tensor:
 @torch.library.register_fake("moe_compile::join")
 def _join(parts: Sequence[Tensor], like: Tensor) -> Tensor:
     return parts[0].new_empty(like.shape[0], *parts[0].shape[1:])
+
+
+@torch.library.register_fake("moe_compile::blank")
+def _blank(rows: Tensor) -> Tensor:
+    return rows.new_empty(2, rows.shape[-1])
 
 
 torch.fx.node.has_side_effect(mark)

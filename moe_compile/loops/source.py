@@ -6,7 +6,6 @@ compiled each time, since closures, private names and even instructions depend o
 """
 
 from __future__ import annotations
-
 import __future__
 
 import ast

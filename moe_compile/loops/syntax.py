@@ -48,7 +48,7 @@ def _comparison(left: ast.expr, op: ast.cmpop, right: ast.expr, host: set[str]) 
 
 
 def _size(expr: ast.expr, host: set[str]) -> tuple[str, ast.expr] | None:
-    """What ``expr`` counts: ``x.numel()``, ``len(x)``, ``x.shape[0]``, ``x.any()``, ``x.sum().item()``, ``counts[i]``."""
+    """What ``expr`` counts: ``x.numel()``, ``len(x)``, ``x.shape[0]``, ``x.any()``, ``x.sum()``, ``counts[i]``."""
     if isinstance(expr, ast.Name) and expr.id in host:
         return "true", expr
     if isinstance(expr, ast.Subscript):

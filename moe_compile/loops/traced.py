@@ -13,6 +13,7 @@ from torch._dynamo.comptime import comptime
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from . import effects
+from .marks import blank as blank
 from .marks import join, mark, segment
 
 LIMIT = 8  # loops over more experts are traced for two of them; tests change it
@@ -85,21 +86,34 @@ def shrunk(experts: range) -> bool:
 def iterations(site: int, experts: range) -> range:
     """The iterations that are traced."""
     if shrunk(experts):
+        comptime(effects.remember)
         mark([], "loop", [site, len(experts)])
         return range(2)
     return experts
 
 
-def pick(site: int, container: Any, expert: int) -> Any:
-    """``container[expert]``, which means the same for every expert for these kinds of containers only."""
-    if not isinstance(container, (Tensor, nn.ModuleList, nn.ParameterList, Sizes)):
+def watched(site: int, container: Any, experts: range) -> Any:
+    """``container``, which must be one that means the same for every expert."""
+    if shrunk(experts) and not isinstance(container, (Tensor, nn.ModuleList, nn.ParameterList, Sizes)):
         mark([], "veto", [site])
-    return container[expert]
+    return container
 
 
-def blank(rows: Tensor) -> Tensor:
-    """An input for a probe: two rows of the kind of ``rows``."""
-    return rows.new_empty(2, rows.shape[-1])
+def pick(site: int, container: Any, expert: int, experts: range) -> Any:
+    """``container[expert]`` of a container that means the same for every expert."""
+    return watched(site, container, experts)[expert]
+
+
+def equal(site: int, ids: Any, expert: int, experts: range) -> Any:
+    """``ids == expert``; a plain number must be no expert's."""
+    if shrunk(experts) and not isinstance(ids, Tensor) and ids in experts:
+        mark([], "veto", [site])
+    return ids == expert
+
+
+def separate(container: Any) -> bool:
+    """Whether every expert has a module or tensor of its own."""
+    return isinstance(container, (nn.ModuleList, nn.ParameterList))
 
 
 def probe(site: int, call: int, expert: int, value: Any) -> None:

@@ -106,6 +106,7 @@ class Engine:
         self.sums: list[tuple[fx.Node, Sum]] = []
         self.made: dict[Any, fx.Node] = {}  # (input, weights, expression) -> the node that holds its value
         self.ids: dict[fx.Node, fx.Node] = {}  # leaf -> the first node that used it as expert ids
+        self.loops: list[Any] = []  # loops that were traced for two experts (match.shrunk.Loop)
         self.marks: list[Any] = []  # what rewritten loops assumed: (mark, kind, numbers, evidence, its fact)
         self._base: dict[fx.Node, fx.Node] = {}
         self._views: dict[fx.Node, list[fx.Node]] = {}

@@ -200,13 +200,14 @@ class RouterWeight:
 class Rows:
     """A row space ``r``. ``hit``: the pairs with id ``expert``; ``hit_token``: the tokens that have such a pair;
     ``sorted``: all pairs in expert order. ``order`` is the order of enumeration (labels of the mask). ``slot``: only
-    the pairs of one slot."""
+    the pairs of one slot. ``grouped``: cut from rows in sorted order."""
 
     kind: str
     ids: Leaf
     expert: int | None = None
     order: tuple[tuple[str, ...], ...] = ()
     slot: int | None = None
+    grouped: bool = False
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ from torch import fx
 
 from ..canonical import shape_of
 from ..loops import marks
-from .combine import _scatter_add
 from .engine import Engine, Rules, argument, aten, is_integer
 from .facts import Atom, Counts, Fact, Gate, Index, Leaf, Rows, Val, names, refuse, same
+from .layer import chosen_from
 from .routing import ids_dims
+from .scatter import _scatter_add
 from .stack import merge_weights
 from .values import renumber
 
@@ -34,10 +35,19 @@ class Hits(Fact):
     ids: Leaf
 
 
+def counts_of(engine: Engine, fact: Any) -> Counts | None:
+    """A value as rows per expert; of a single token the gates of its experts are that, with nothing left to sum."""
+    if isinstance(fact, Gate) and names(fact.dims) == (("e",),) and fact.weight is None and fact.rows is None:
+        if fact.distinct and chosen_from(engine, fact.ids.node) is None:
+            return None
+        return Counts(fact.dims, fact.ids)
+    return fact if isinstance(fact, Counts) else None
+
+
 def _segment(engine: Engine, node: fx.Node) -> Any:
     """Rows in sorted order -> the rows of one expert."""
     source, sizes, index, running = node.args
-    counts, fact = engine.fact(sizes), engine.fact(source)
+    counts, fact = counts_of(engine, engine.fact(sizes)), engine.fact(source)
     order = getattr(fact, "rows", None)
     if not isinstance(fact, (Val, Index, Gate)) or order is None or order.kind != "sorted":
         return None
@@ -48,7 +58,7 @@ def _segment(engine: Engine, node: fx.Node) -> Any:
         raise refuse("MC208", f"group {index} of {experts} groups of rows", node)
     if names(fact.dims[:1]) != (("r",),):
         return None
-    rows = Rows("hit", order.ids, index, order.order)
+    rows = Rows("hit", order.ids, index, order.order, grouped=True)
     dims = ((Atom("r", shape_of(node)[0]),), *fact.dims[1:])
     if isinstance(fact, Index):
         return replace(fact, dims=dims, rows=rows)
@@ -71,7 +81,7 @@ def _join(engine: Engine, node: fx.Node) -> Any:
         return None
     first = vals[0]
     for e, v in enumerate(vals):
-        if v.rows != Rows("hit", order.ids, e, order.order):
+        if v.rows != Rows("hit", order.ids, e, order.order, grouped=True):
             raise refuse("MC208", f"group {v.rows.expert} of rows stands at place {e}", node)
         if v.x != first.x or v.expr != first.expr or len(v.slots) != len(first.slots):
             raise refuse("MC201", f"expert {e} computes something else than expert 0", node)
@@ -91,9 +101,9 @@ def _join(engine: Engine, node: fx.Node) -> Any:
 
 def _positive(engine: Engine, node: fx.Node) -> Any:
     """``counts > 0``, ``counts != 0``."""
-    fact = engine.fact(node.args[0])
+    fact = counts_of(engine, engine.fact(node.args[0]))
     bound = 1 if node.target is aten.ge.Scalar else 0
-    if not isinstance(fact, Counts) or fact.ends or node.args[1] != bound:
+    if fact is None or fact.ends or node.args[1] != bound:
         return None
     return HitMask(fact.dims, fact.ids)
 
@@ -101,7 +111,8 @@ def _positive(engine: Engine, node: fx.Node) -> Any:
 def _hit_list(engine: Engine, node: fx.Node) -> Any:
     """``nonzero`` of the experts that have a pair."""
     fact = engine.fact(node.args[0])
-    if not isinstance(fact, HitMask) and not (isinstance(fact, Counts) and not fact.ends):
+    fact = fact if isinstance(fact, HitMask) else counts_of(engine, fact)
+    if fact is None or (isinstance(fact, Counts) and fact.ends):
         return None
     if node.target in (aten.where.default, aten.nonzero_numpy.default):
         return [Hits(((),), fact.ids)]
@@ -134,9 +145,11 @@ def _unique(engine: Engine, node: fx.Node) -> Any:
 
 def _of_hits(engine: Engine, node: fx.Node) -> Any:
     """Views of a list of hit experts."""
-    fact = engine.fact(node.args[0])
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    fact = engine.fact(source)
     if isinstance(fact, HitMask):
-        return fact if len(shape_of(node)) == 1 and same(shape_of(node)[0], shape_of(node.args[0])[0]) else None
+        return fact if len(shape_of(node)) == 1 and same(shape_of(node)[0], shape_of(source)[0]) else None
     return fact if isinstance(fact, Hits) else None
 
 

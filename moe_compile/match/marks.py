@@ -3,37 +3,63 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import fx
 
 from ..loops import marks
+from . import shrunk
 from .engine import Engine, Rules
-from .facts import Counts, Gate, Index, Leaf, Val
-from .groups import Hits
+from .facts import Gate, Index, Leaf, Picked, Val
+from .groups import Hits, counts_of
+from .slots import root_of
+
+
+class Pairs(NamedTuple):
+    """The pairs of one expert in one routing decision; of one slot of it unless ``slot`` is None."""
+
+    ids: Leaf
+    expert: int
+    slot: int | None = None
+
+    def hold(self, others: Pairs) -> bool:
+        """Whether ``others`` are among them: no pair here means none there."""
+        root, slot = root_of(others.ids.node), others.slot
+        if self.expert != others.expert:
+            return False
+        if self.ids == others.ids:
+            return self.slot in (None, slot)
+        return self.slot is None and root is self.ids.node and others.ids.version == self.ids.version
 
 
 @dataclass(frozen=True)
 class Block:
     """Nodes between two positions that ran in the original only if an expert had a pair, or once per hit expert.
 
-    ``ids`` and ``expert`` say which; None where ``evidence`` does not show it.
+    ``pairs`` says which expert; None where ``evidence`` does not show it.
     """
 
     site: int
     begin: int
     end: int
-    ids: Leaf | None
-    expert: int | None
+    pairs: Pairs | None
     evidence: fx.Node | None
     every: bool  # one iteration of a loop over hit experts
 
 
 def _remember(engine: Engine, node: fx.Node) -> Any:
+    evidence: Any
+    numbers: Any
     evidence, kind, numbers = node.args
-    assert isinstance(evidence, (list, tuple)) and isinstance(numbers, (list, tuple))
     tensor = evidence[0] if evidence else None
     engine.marks.append((node, kind, tuple(numbers), tensor, engine.fact(tensor)))
+    if kind == "loop":
+        shrunk.begin(engine, numbers[0], numbers[1], node)
+    elif kind == "probe":
+        assert tensor is not None
+        shrunk.probe(engine, tuple(numbers), tensor)
+    elif kind == "end":
+        shrunk.end(engine, numbers[0], node)
     return None
 
 
@@ -47,30 +73,29 @@ def blocks(engine: Engine) -> list[Block]:
     for node, kind, numbers, tensor, fact in engine.marks:
         at, site = engine.position[node], numbers[0]
         if kind in ("hit", "nonempty", "count", "leave") and site in opened:
-            begin, ids, expert, evidence, every = opened.pop(site)
-            found.append(Block(site, begin, at, ids, expert, evidence, every))
+            begin, pairs, evidence, every = opened.pop(site)
+            found.append(Block(site, begin, at, pairs, evidence, every))
         if kind == "hit":
-            ids = fact.ids if isinstance(fact, Hits) else None
-            opened[site] = (at, ids, numbers[1], tensor, True)
+            pairs = Pairs(fact.ids, numbers[1]) if isinstance(fact, Hits) else None
+            opened[site] = (at, pairs, tensor, True)
         elif kind == "count":
-            ids = fact.ids if isinstance(fact, Counts) else None
-            opened[site] = (at, ids, numbers[1], tensor, False)
+            counts = counts_of(engine, fact)
+            pairs = Pairs(counts.ids, numbers[1]) if counts is not None else None
+            opened[site] = (at, pairs, tensor, False)
         elif kind == "nonempty":
-            opened[site] = (at, *_one_expert(fact), tensor, False)
+            weighed = isinstance(fact, Gate) and fact.rows is None and fact.weight is not None
+            opened[site] = (at, None if weighed else pairs_of(fact), tensor, False)
         elif kind == "veto":
-            found.append(Block(site, at, at, None, None, tensor, False))
+            found.append(Block(site, at, at, None, tensor, False))
     last = max(engine.position.values(), default=0)
-    return found + [Block(site, begin, last, None, None, tensor, every)
-                    for site, (begin, _, _, tensor, every) in opened.items()]  # fmt: skip
+    return found + [Block(site, begin, last, None, tensor, every) for site, (begin, _, tensor, every) in opened.items()]
 
 
-def _one_expert(fact: Any) -> tuple[Leaf | None, int | None]:
-    """The routing and the expert whose pairs ``fact`` runs over: it is empty exactly when there are none."""
-    if isinstance(fact, (Index, Val)) and fact.rows is not None and fact.rows.expert is not None:
-        return fact.rows.ids, fact.rows.expert
-    if isinstance(fact, Gate):
-        if fact.rows is not None:
-            return fact.rows.ids, fact.rows.expert
-        if fact.weight is None and fact.expert is not None:
-            return fact.ids, fact.expert
-    return None, None
+def pairs_of(fact: Any) -> Pairs | None:
+    """The pairs of the one expert that a value belongs to; rows of it are empty exactly when there are none."""
+    rows = fact.rows if isinstance(fact, (Index, Val, Gate, Picked)) else None
+    if rows is not None and rows.expert is not None:
+        return Pairs(rows.ids, rows.expert, rows.slot)
+    if isinstance(fact, Gate) and fact.expert is not None:
+        return Pairs(fact.ids, fact.expert, fact.slot)
+    return None
