@@ -15,11 +15,11 @@ import pytest
 import torch
 from support import relative
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 import moe_compile
 from moe_compile import huggingface, report
+from moe_compile.comparing import Widened
 from moe_compile.config import OptionError
 from moe_compile.ops import cpu as cpu  # the kernels that the comparisons run
 from moe_compile.report import REFUSED, REWRITTEN, Report
@@ -62,18 +62,6 @@ def ops() -> list[str]:
     return [str(node.target) for node in nodes if str(node.target).startswith("moe_compile.")]
 
 
-class Float64(TorchFunctionMode):
-    """Runs code that asks for float32 in float64, so that it is a reference."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        def wide(value: Any) -> Any:
-            return torch.float64 if value is torch.float32 else value
-
-        if func is torch.Tensor.float:
-            func = torch.Tensor.double
-        return func(*map(wide, args), **{name: wide(value) for name, value in (kwargs or {}).items()})
-
-
 def first(value: Any) -> Tensor:
     return value[0] if isinstance(value, tuple) else value
 
@@ -81,7 +69,7 @@ def first(value: Any) -> Tensor:
 def assert_as_good(module: nn.Module, args: tuple[Tensor, ...], actual: Any, expected: Any) -> None:
     """Our relative L2 error against float64 is at most twice that of the original, whatever the precision."""
     wide = [a.double() if a.is_floating_point() else a for a in args]
-    with Float64():
+    with Widened():
         exact = first(copy.deepcopy(module).double()(*wide))
     assert first(actual).dtype == first(expected).dtype and first(actual).shape == first(expected).shape
     theirs, mine = relative(first(expected), exact), relative(first(actual), exact)
