@@ -1,6 +1,7 @@
 """``check``: the original program against the rewritten one, both judged by a float64 run of the original.
 
 Verdict per output tensor, with relative L2 errors to float64: ``error(ours) <= 2 * error(original) + floor``.
+The float64 run reads ``float32`` in the model's own code as float64, else such code would be its own reference.
 A model in a low precision may choose other experts than its float64 copy for a token whose two best scores
 are nearly equal. When the plain rule fails and the model does choose (top-k), the original is run a few more
 times with its weights moved by one rounding error; if its own choices move too, the largest error that the
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,11 +21,11 @@ from torch import nn
 
 from moe_compile import torch_breaks
 from moe_compile.backend import moe_compile as backend
-from moe_compile.comparing import Errors, Run, all_tensors, compare, flips, recorded, usable, wobble
+from moe_compile.comparing import Errors, Run, Widened, all_tensors, compare, flips, recorded, usable, wobble
 from moe_compile.explaining import unchanged, unwrap
 from moe_compile.report import Report, collect
 
-FLOORS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-4, torch.bfloat16: 1e-3}
+FLOORS = {torch.float64: 1e-12, torch.float32: 1e-7, torch.float16: 1e-4, torch.bfloat16: 1e-3}
 FACTOR = 2.0
 WOBBLES = 8
 
@@ -135,12 +136,12 @@ def _floor(model: Callable[..., Any], original: Run) -> float:
 def _reference(
     model: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], original: Run
 ) -> tuple[Run, str]:
-    for dtype in (torch.float64, torch.float32):
+    for dtype, mode in ((torch.float64, Widened()), (torch.float64, nullcontext()), (torch.float32, nullcontext())):
         if dtype == torch.float32 and all(t.dtype != torch.bfloat16 for t in all_tensors(args, kwargs, model)):
             break
         precise = _precise(model, dtype) if isinstance(model, nn.Module) else model
         try:
-            with _default_dtype(dtype):
+            with _default_dtype(dtype), mode:
                 run = recorded(precise, args, kwargs, dtype)
         except torch.OutOfMemoryError as error:
             raise CheckError(

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -52,6 +53,21 @@ class _Choices(TorchDispatchMode):
         if func is torch.ops.aten.topk.default:
             self.seen.append(out[1].sort(dim=-1).values.cpu())
         return out
+
+
+class Widened(TorchFunctionMode):
+    """Takes every request for float32 as one for float64: code that says ``.float()`` then runs in float64, too.
+
+    Without it such code would compute its own reference in float32 and have no error, or less than it has.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def wide(value: Any) -> Any:
+            return torch.float64 if value is torch.float32 else value
+
+        if func is Tensor.float:
+            func = Tensor.double
+        return func(*map(wide, args), **{name: wide(value) for name, value in (kwargs or {}).items()})
 
 
 def recorded(

@@ -25,10 +25,12 @@ SPECIAL: dict[str, str | None] = {
     "DeepseekV4Experts": "silu gate_limit=7 up_limit=7",
     "Glm5NextTextExperts": "silu gate_limit=7 up_limit=7",
     "HYV4Experts": "silu gate_limit=7 up_limit=7",
+    "HYV4VLExperts": "silu gate_limit=7 up_limit=7",
     "MiniMaxM3VLExperts": "silu alpha=1.702 gate_limit=7 up_limit=7 up_offset=1",
     "GptOssExperts": "silu alpha=1.702 gate_limit=7 up_limit=7 up_offset=1 interleaved",
     "OpenAIPrivacyFilterExperts": "silu alpha=1.702 gate_limit=7 up_limit=7 up_offset=1",
     "Inkling2Experts": None,  # tanh caps
+    "Inkling2LoopExperts": None,
     "MuseSparkExperts": None,  # a norm after each expert
 }
 

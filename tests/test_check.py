@@ -137,15 +137,39 @@ def test_a_function_and_a_compiled_module() -> None:
 
 
 def test_hard_wired_dtypes_fall_back_to_less_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    eye = torch.eye(SIZES[2])
+
     class HardWired(DenseLoop):
         def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) @ torch.eye(x.shape[1], dtype=torch.float32)
+            return super().forward(x) @ eye
 
     monkeypatch.setattr(checking, "backend", corrupt(lambda t: t))
     torch.manual_seed(0)
     result = check(HardWired(*SIZES).eval(), torch.randn(8, SIZES[2]))
     assert result.ok and result.reference == "original"
     assert any("does not run in float64" in p for p in result.problems)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 64])
+def test_code_that_asks_for_float32_has_a_float64_reference(tokens: int) -> None:
+    """Else the original is its own reference, with no error at all, and any other order of sums fails."""
+
+    class Float32Linear(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, self.weight.float())
+
+    class InFloat32(DenseLoop):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.to(dtype=torch.float32))
+
+    torch.manual_seed(0)
+    model = InFloat32(*SIZES).eval()
+    for part in model.modules():
+        if type(part) is nn.Linear:
+            part.__class__ = Float32Linear
+    result = check(model, torch.randn(tokens, SIZES[2])).raise_if_bad()
+    assert result.rewritten == 1 and result.reference == "float64"
+    assert 2e-8 < result.error_original < 1e-6
 
 
 def test_no_tensor_output() -> None:

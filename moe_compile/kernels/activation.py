@@ -64,8 +64,15 @@ NO_EPILOGUE = Epilogue("identity", (1.0, math.inf, math.inf, math.inf, 0.0), "si
 
 
 @triton.jit
-def activate(g, u, F: tl.constexpr):
-    """fp32 gate and up of any shape -> fp32; ``F`` has the fields of ``Function``, no gate ignores ``u``."""
+def activate(g, u, F: tl.constexpr, ONCE: tl.constexpr):
+    """fp32 gate and up of any shape -> fp32; ``F`` has the fields of ``Function``, no gate ignores ``u``.
+
+    ``ONCE``: computed and returned in fp64, so that an fp32 result is rounded once. The fast exponential and
+    division of the hardware are off by several roundings of fp32, which shows in an fp32 layer and in no other.
+    """
+    if ONCE:
+        g = g.to(tl.float64)
+        u = u.to(tl.float64)
     if F.gate_limit is not None:
         g = tl.minimum(g, F.gate_limit, propagate_nan=tl.PropagateNan.ALL)
     if F.name == "silu":

@@ -109,7 +109,7 @@ def select(
         tma: whether descriptors can hold the weights of the two GEMMs.
     """
     if elements == 4 or hidden % 8 or inter % 8:
-        up, down = _small(path)
+        up, down = _small(path, elements)
     elif path == "sorted":
         mean = tokens * top_k / experts
         up, down = _sorted(mean)
@@ -157,11 +157,15 @@ def _described(mean: float, processors: int) -> tuple[Tiles, Tiles]:
     )
 
 
-def _small(path: str) -> tuple[Tiles, Tiles]:
+def _small(path: str, elements: int) -> tuple[Tiles, Tiles]:
     """Exact fp32 runs on the CUDA cores, and rows of odd length cannot be copied to shared memory in the
-    background: with larger tiles both would run out of registers."""
+    background: with larger tiles both would run out of registers.
+
+    A step of fp32 is one chain of roundings (``tile._add_step``): 16 keep the layer as accurate as BLAS.
+    """
     bm = 64 if path == "sorted" else 16
-    tiles = Tiles(bm, 64, 32, 4, 2, swap=False, group=8 if path == "sorted" else 1)
+    bk, stages = (16, 4) if elements == 4 else (32, 2)
+    tiles = Tiles(bm, 64, bk, 4, stages, swap=False, group=8 if path == "sorted" else 1)
     return tiles, tiles
 
 

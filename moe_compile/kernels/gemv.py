@@ -93,7 +93,7 @@ def gemv_up_kernel(
         if W.b_up.ptr is not None:
             bias = expert_base(W.b_up, e, M.b_up, False)
             value += tl.load(bias + n * W.b_up.out, mask=here, other=0.0).to(tl.float32)
-        y = activate(gate, value, M)
+        y = activate(gate, value, M, out.dtype.element_ty == tl.float32)
         tl.store(out + pair.to(tl.int64) * N + n, y.to(out.dtype.element_ty), mask=here)
 
 

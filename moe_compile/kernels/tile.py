@@ -126,6 +126,20 @@ def dot(a, w, acc, SWAP: tl.constexpr):
 
 
 @triton.jit
+def _add_step(a, w, acc, lost, SWAP: tl.constexpr):
+    """``dot(a, w, acc)`` for fp32, which runs on the CUDA cores: the sum, and what its rounding lost.
+
+    There one dot is one chain of multiply-adds, so a sum carried through every step would be a chain over the
+    whole depth, whose error grows with the root of it. Here each step is a chain of its own. It starts from
+    what the last addition lost, so the error is that of one step, whatever the depth.
+    """
+    part = dot(a, w, lost, SWAP)
+    total = acc + part
+    # an infinite sum has lost nothing: inf - inf would turn it into NaN
+    return total, tl.where(tl.abs(total) < float("inf"), part - (total - acc), 0.0)
+
+
+@triton.jit
 def _over_rows(v, SWAP: tl.constexpr):
     """A vector over the rows of a tile, shaped to broadcast over its accumulator."""
     if SWAP:
@@ -194,7 +208,8 @@ def finish_tile(
             acc, acc_up = tl.split(tl.permute(tl.reshape(acc, (S.bn, 2, BM)), (0, 2, 1)))
         else:
             acc, acc_up = tl.split(tl.reshape(acc, (BM, S.bn, 2)))
-    y = activate(acc, acc if acc_up is None else acc_up, M).to(out.dtype.element_ty)
+    y = activate(acc, acc if acc_up is None else acc_up, M, out.dtype.element_ty == tl.float32)
+    y = y.to(out.dtype.element_ty)
     if S.swap:
         y = tl.trans(y)
     c = tn * S.bn + tl.arange(0, S.bn)
@@ -224,6 +239,7 @@ def expert_tile(
     TWO: tl.constexpr = M.layout == "concat" or M.layout == "separate"
     WIDE: tl.constexpr = M.layout == "interleaved"
     WN: tl.constexpr = 2 * S.bn if WIDE else S.bn
+    EXACT: tl.constexpr = x.dtype.element_ty == tl.float32
     k = tl.arange(0, S.bk)
     n_in = tn * WN + tl.arange(0, WN)
     limit = N * 2 if WIDE else N
@@ -231,8 +247,12 @@ def expert_tile(
     wp = expert_base(W.w, e, M.w, M.w_aligned) + n[:, None] * W.w.out + k[None, :] * W.w.inp  # [WN, BK]
     xp = x + x_row[:, None] * x_stride + k[None, :]  # [BM, BK]
     acc = tl.zeros((WN, BM) if S.swap else (BM, WN), tl.float32)
+    if EXACT:
+        lost = tl.zeros((WN, BM) if S.swap else (BM, WN), tl.float32)
     if TWO:
         acc_up = tl.zeros((WN, BM) if S.swap else (BM, WN), tl.float32)
+        if EXACT:
+            lost_up = tl.zeros((WN, BM) if S.swap else (BM, WN), tl.float32)
         if M.layout == "concat":
             up = wp + tl.cast(N, tl.int64) * W.w.out
             up_step = S.bk * W.w.inp
@@ -246,13 +266,19 @@ def expert_tile(
         else:
             a = tl.load(xp, mask=(k < D - d)[None, :], other=0.0)
             wt = tl.load(wp, mask=(k < D - d)[None, :], other=0.0, eviction_policy=S.evict)
-        acc = dot(a, wt, acc, S.swap)
+        if EXACT:
+            acc, lost = _add_step(a, wt, acc, lost, S.swap)
+        else:
+            acc = dot(a, wt, acc, S.swap)
         if TWO:
             if S.even_d:
                 ut = tl.load(up, eviction_policy=S.evict)
             else:
                 ut = tl.load(up, mask=(k < D - d)[None, :], other=0.0, eviction_policy=S.evict)
-            acc_up = dot(a, ut, acc_up, S.swap)
+            if EXACT:
+                acc_up, lost_up = _add_step(a, ut, acc_up, lost_up, S.swap)
+            else:
+                acc_up = dot(a, ut, acc_up, S.swap)
             up += up_step
         xp += S.bk
         wp += S.bk * W.w.inp

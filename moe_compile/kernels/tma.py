@@ -3,7 +3,8 @@
 A descriptor made on the host and passed by value names the whole weight, so one thread asks for a tile of
 weights, which arrives in shared memory as the tensor core wants it: no addresses in registers. What lies
 outside of the tensor reads as zero. The expert is a dimension of its own, hence a tile that reaches past the
-last row of its expert reads zeros and never the next expert.
+last row of its expert reads zeros and never the next expert. fp32 does not come here (``config.select``): its
+steps are added otherwise (``tile._add_step``).
 
 Shape legend: see ``spec.py``.
 """

@@ -6,6 +6,8 @@ Before every case freed memory is filled with NaN, so that a row that nobody wro
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +62,20 @@ def run(case: Layer, path: str | None = None) -> torch.Tensor:
     return cuda.experts(*case.op_args(), path=path)  # type: ignore[arg-type]
 
 
+def assert_as_good(ours: torch.Tensor, naive: torch.Tensor, truth: torch.Tensor) -> None:
+    error, own = relative_error(ours, truth), relative_error(naive, truth)
+    assert error <= 2 * own + FLOOR[naive.dtype], f"ours {error:.2e}, torch {own:.2e}"
+
+
 def check(case: Layer, path: str | None = None) -> torch.Tensor:
-    ours, truth = run(case, path), case.truth()
-    naive = relative_error(case.moe().reference().to(case.dtype), truth)
-    error = relative_error(ours, truth)
-    assert error <= 2 * naive + FLOOR[case.dtype], f"ours {error:.2e}, torch {naive:.2e}"
-    return ours
+    """The output; a case of few numbers, each of them as lucky as it happens to be, is judged with 63 more seeds."""
+    cases = [case]
+    if case.T * case.H < 16:
+        cases += [replace(case, seed=seed) for seed in range(1, 64)]
+    ours = [run(c, path) for c in cases]
+    naive = [c.moe().reference().to(c.dtype) for c in cases]
+    assert_as_good(torch.cat(ours), torch.cat(naive), torch.cat([c.truth() for c in cases]))
+    return ours[0]
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -90,6 +100,45 @@ def test_paths(
     assert torch.equal(first, run(case, path)), "two runs differ"
 
 
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("layout", ["concat", "interleaved", "separate"])
+@pytest.mark.parametrize(
+    ("T", "E", "K", "H", "I"), [(1, 8, 2, 256, 512), (64, 8, 2, 512, 1024), (300, 8, 2, 1024, 2048)]
+)
+def test_fp32(path: str, layout: str, T: int, E: int, K: int, H: int, I: int, taken: list[str]) -> None:
+    case = layer(T, E, K, H, I, layout=layout, dtype=torch.float32, bias=layout != "concat")
+    check(case, path)
+    assert set(taken) == {path}
+
+
+@pytest.mark.parametrize(("rows", "D", "N"), [(2, 256, 512), (64, 1024, 512), (600, 2048, 1024), (600, 4096, 64)])
+def test_fp32_grouped_linear(rows: int, D: int, N: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(*shape, generator=g).cuda() for shape in ((rows, D), (4, N, D)))
+    ends = [0, 1, rows // 2, rows // 2, rows]  # one row, many, none, many
+    out = torch.ops.moe_compile.grouped_linear(x, [w], [], torch.tensor(ends, dtype=torch.int32, device="cuda"))
+    naive, truth = (
+        torch.cat([x[a:b].to(dtype) @ w[e].to(dtype).t() for e, (a, b) in enumerate(pairwise(ends))])
+        for dtype in (torch.float32, torch.float64)
+    )
+    assert_as_good(out, naive, truth)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", list(FLOOR))
+def test_not_finite(path: str, dtype: torch.dtype) -> None:
+    """A sum that overflows is infinite, not NaN; a NaN passes every clamp and stays in its token."""
+    case = layer(3, 3, 1, 96, 40, Activation("identity", gated=False), dtype=dtype)
+    case.x[:], case.w1[0][:], case.w2[0][:] = torch.finfo(dtype).max / 8, 1.0, 1.0
+    assert bool(run(case, path).isposinf().all())
+    case.x.neg_()
+    assert bool(run(case, path).isneginf().all())
+    case = layer(3, 3, 2, 96, 40, Activation("silu", gate_limit=1.0, up_limit=1.0, act_limit=1.0), dtype=dtype)
+    case.x[1, 5] = float("nan")
+    out = run(case, path)
+    assert bool(out[1].isnan().all()) and bool(out[[0, 2]].isfinite().all())
+
+
 @pytest.mark.parametrize("T", [0, 1, 2, 3, 64, 65, 128, 129, 700, 3000])
 def test_chosen_path(T: int, taken: list[str]) -> None:
     case = layer(T, 16, 4, 256, 128, dtype=torch.bfloat16)
@@ -104,19 +153,21 @@ def test_chosen_path(T: int, taken: list[str]) -> None:
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("layout", ["concat", "interleaved", "separate"])
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("T", [2, 40, 1200])
+@pytest.mark.parametrize("T", [2, 40, 400, 1200])
 def test_storage(path: str, layout: str, transposed: bool, T: int) -> None:
+    """Stacked and separate weights give the same bits.
+
+    On the sorted path stacked ones may be read by descriptors, in tiles of other heights and widths (T=400: the
+    ladder, T=1200: whole tiles), and transposed ones never are. But no tile splits a sum, steps are 64 deep in
+    both plans (``tests/kernels/test_plans.py``), and every instruction is a wgmma of depth 16, so each element
+    adds the same products in the same order.
+    """
     if (path == "gemv" and (transposed or T > 2)) or (path == "decode" and T > 100):
         pytest.skip("not a case of this path")
     form = {"bias": True, "routing": "sentinels", "dtype": torch.bfloat16, "transposed": transposed}
     stacked = layer(T, 6, 3, 320, 176, GPT_OSS, layout, **form)
     separate = layer(T, 6, 3, 320, 176, GPT_OSS, layout, True, **form)
-    ours, theirs = check(stacked, path), check(separate, path)
-    if path == "sorted" and not transposed:
-        # equal but for the order of sums: stacked weights may be read by descriptors, in other tiles
-        assert relative_error(ours, theirs.double()) < 2e-3
-    else:
-        assert torch.equal(ours, theirs), "stacked and separate differ"
+    assert torch.equal(check(stacked, path), check(separate, path)), "stacked and separate differ"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -190,8 +241,7 @@ def test_three_ops_make_a_layer(dtype: torch.dtype, separate: bool) -> None:
     y = ops.grouped_linear(h, case.w2, case.b2, offsets)
     assert not y[int(offsets[7]) :].any()
     out = ops.combine(y, order, offsets, case.weights, 3)
-    naive = relative_error(case.moe().reference().to(dtype), case.truth())
-    assert relative_error(out, case.truth()) <= 2 * naive + FLOOR[dtype]
+    assert_as_good(out, case.moe().reference().to(dtype), case.truth())
 
 
 @pytest.mark.parametrize("separate", ["stacked", "separate", "separate, first seen in the capture"])

@@ -1,11 +1,13 @@
 """Compile the launches of a few layers for sm_90a without a GPU: ``python compile_sm90.py [case ...]``.
 
 Every launcher runs as it is, on tensors without memory; only the last step, the launch, is left out. Prints
-one line per kernel: layer, kernel, shared memory in bytes, counts of tensor-core and of TMA instructions.
+one line per kernel: layer, kernel, shared memory in bytes, counts of tensor-core and of TMA instructions, of
+fp32 multiply-adds and of fp32 subtractions.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,9 @@ CASES: dict[str, dict[str, Any]] = {
     "two": {"T": 16384, "shape": (32, 4, 2880, 2880), "layout": "separate"},
     "single": {"T": 16384, "shape": (32, 4, 2880, 2880), "layout": "single"},
     "one": {"T": 4, "shape": (3, 2, 1, 1)},
+    "fp32-gemv": {"T": 1, "shape": (8, 2, 1024, 2048), "args": GPT_OSS, "dtype": torch.float32},
+    "fp32-decode": {"T": 16, "shape": (8, 2, 1024, 2048), "dtype": torch.float32},
+    "fp32-sorted": {"T": 300, "shape": (8, 2, 1024, 2048), "dtype": torch.float32},
 }
 
 
@@ -60,7 +65,8 @@ def compile_only(label: str) -> None:
         ptx = kernel.asm["ptx"]
         tensor_core = ptx.count("wgmma.mma_async") + ptx.count("mma.sync.aligned.m16")
         descriptors = ptx.count("cp.async.bulk.tensor")
-        print(label, self.__name__, kernel.metadata.shared, tensor_core, descriptors, flush=True)
+        fma, sub = (len(re.findall(rf"\b{name}(?:\.rn)?\.f32", ptx)) for name in ("fma", "sub"))
+        print(label, self.__name__, kernel.metadata.shared, tensor_core, descriptors, fma, sub, flush=True)
 
     JITFunction.run = run
 
@@ -71,10 +77,11 @@ def layer(
     separate: bool = False,
     layout: str = "concat",
     args: tuple[float, float, float, float, float] = SILU,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> None:
     E, K, H, I = shape
 
-    def empty(*size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    def empty(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(*size, dtype=dtype, device="meta")
 
     def weight(*size: int) -> Operand:

@@ -42,6 +42,19 @@ def test_plans_fit(name: str, elements: int, shared: int) -> None:
             assert tiles.stages * (tiles.bm + tiles.rest + tiles.wn) * tiles.bk * elements <= shared
 
 
+@pytest.mark.parametrize(("hidden", "inter"), [(320, 176), (2048, 768), (4096, 14336), (192, 96)])
+def test_descriptors_change_no_sum(hidden: int, inter: int) -> None:
+    """Steps of equal depth, so that stacked and separate weights give the same bits (``tests/gpu`` checks it)."""
+    described = 0
+    for mean in (1, 13, 41, 100, 255, 256, 1024, 1025, 5000):
+        shape = ("sorted", 8 * mean, 1, 8, hidden, inter, 2, config.H200)
+        plain, tma = config.select(*shape, (False, False)), config.select(*shape, (True, True))
+        for a, b in ((plain.up, tma.up), (plain.down, tma.down)):
+            assert a.bk == b.bk
+            described += b.tma and not a.tma
+    assert described == 2 * 7
+
+
 def test_paths() -> None:
     assert config.choose_path(1, 8, 128) == "gemv"
     assert config.choose_path(1, 8, 128, dense=False) == "decode"
