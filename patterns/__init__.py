@@ -16,6 +16,7 @@ from . import (
     gathered_weights,
     grouped_mm,
     index_add_loop,
+    pair_assign,
     slot_loop,
     stack_gather,
 )
@@ -26,6 +27,7 @@ FORMS: tuple[ModuleType, ...] = (
     index_add_loop,
     bool_mask_loop,
     dense_loop,
+    pair_assign,
     stack_gather,
     gathered_weights,
     all_experts,

@@ -35,6 +35,7 @@ from moe_compile.match.facts import (
     same,
 )
 from moe_compile.match.layer import Found, build
+from moe_compile.match.pairs import names_pair
 from moe_compile.match.routing import top_k
 from moe_compile.match.values import lift, linear_map, weight_leaf
 from moe_compile.spec import NoMatch
@@ -77,7 +78,7 @@ def _sort(engine: Engine, node: fx.Node) -> Any:
         return None
     fact = engine.fact(source)
     argsort = node.target in (aten.argsort.default, aten.argsort.stable)
-    if isinstance(fact, Index) and fact.what == "pair":
+    if isinstance(fact, Index) and fact.what == "pair" and fact.rows.kind == "sorted":
         inverse = Inverse((_pair_label(engine, fact.rows.ids),), fact.rows)
         return inverse if argsort else [None, inverse]
     leaf = _flat_ids(engine, source)
@@ -99,7 +100,7 @@ def _pair_label(engine: Engine, ids: Leaf) -> Any:
 def _divide(engine: Engine, node: fx.Node) -> Any:
     """``order // K``: the token of each sorted pair; ``order % K``: its slot."""
     fact, by = engine.fact(node.args[0]), node.args[1]
-    if not isinstance(fact, Index) or fact.what != "pair":
+    if not isinstance(fact, Index) or not names_pair(engine, fact):
         return None
     if not same(by, top_k(engine, fact.rows.ids)):
         raise refuse("MC207", f"pairs are divided by {by}, but each token has {top_k(engine, fact.rows.ids)}", node)
@@ -125,7 +126,7 @@ def _take_ids(engine: Engine, node: fx.Node) -> Any:
         return replace(order, what="token") if each_k and label[1].name == "*" else None
     if fact is None and is_integer(source):
         leaf = _flat_ids(engine, source)
-        if leaf is not None and leaf == order.rows.ids:
+        if leaf is not None and leaf == order.rows.ids and order.rows.kind == "sorted":
             return SortedIds(order.dims, order.rows)
     return None
 

@@ -289,6 +289,13 @@ class Filled(Fact):
 
 
 @dataclass(frozen=True)
+class Unfinished(Fact):
+    """A buffer of one row per pair in which the rows of some experts are still missing."""
+
+    ids: Leaf
+
+
+@dataclass(frozen=True)
 class Wt(Fact):
     """A weight of one expert, of every expert (``e`` atom) or of each pair's expert (``source`` "ids").
 

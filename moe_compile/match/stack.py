@@ -39,7 +39,7 @@ def _stack_gates(vals: list[Any], at: int) -> Gate | None:
     return replace(first, dims=dims, expert=None)
 
 
-def stacked_values(node: fx.Node, vals: list[Val], at: int) -> Val | None:
+def stacked_values(node: fx.Node, vals: list[Val], at: int) -> Val:
     """E equal expressions with their own weights as one expression under an ``e`` dimension."""
     first = vals[0]
     for e, v in enumerate(vals):
