@@ -181,6 +181,8 @@ def _sum_one_hot(engine: Engine, node: fx.Node) -> Any:
 
 def _cumsum(engine: Engine, node: fx.Node) -> Any:
     fact = engine.fact(node.args[0])
+    if isinstance(fact, Gate) and any(name.startswith("t") for name in flat_names(fact.dims)):
+        raise refuse("MC209", "tokens are counted one by one per expert: they get places in bins of a fixed size", node)
     if isinstance(fact, Gate) and names(fact.dims) == (("e",),) and _is_one_hot(fact):
         fact = Counts(fact.dims, fact.ids)  # T = 1: the one-hot rows were summed over the slots alone
     return replace(fact, ends=True) if isinstance(fact, Counts) and not fact.ends else None
@@ -209,6 +211,8 @@ def _grouped_mm(engine: Engine, node: fx.Node) -> Any:
     ends = engine.fact(offs)
     val = engine.fact(rows)
     if not isinstance(val, Val) or val.rows is None:
+        if isinstance(ends, Counts):
+            raise refuse("MC207", "the rows of _grouped_mm are not the routed tokens in the order of the experts", node)
         return None
     if argument(node, 3, "bias") is not None:
         raise refuse("MC301", "_grouped_mm with its own bias", node)

@@ -190,10 +190,14 @@ class Ids(Fact):
 
 @dataclass(frozen=True)
 class RouterWeight:
-    """The border's routing weight: a leaf, then elementwise steps that the lowering repeats."""
+    """The border's routing weight: a leaf, then elementwise steps that the lowering repeats.
+
+    ``dense``: the leaf holds a number per expert, ``[T, E]``, of which each pair has that of its own id.
+    """
 
     leaf: Leaf
     steps: tuple[Any, ...] = ()
+    dense: bool = False
 
 
 @dataclass(frozen=True)

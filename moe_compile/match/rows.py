@@ -38,7 +38,7 @@ from .facts import (
 from .gathered import all_by_ids, by_ids, is_token_range
 from .pairs import names_pair, token_major
 from .routing import as_router_weight, token_count, top_k
-from .slots import of_one_slot, root_of
+from .slots import dense_column, of_one_slot, root_of
 from .values import lift, x_leaf, x_rows
 
 
@@ -156,6 +156,7 @@ def _by_rows(engine: Engine, node: fx.Node, source: fx.Node, dim: int, index: In
     if (
         isinstance(fact, (Sum, Filled))
         and dim == 0
+        and rank(source) == 2
         and names_token(engine, index)
         and _accumulates(fact, index.rows)
     ):
@@ -191,7 +192,7 @@ def _by_mask(engine: Engine, node: fx.Node, source: fx.Node, mask: Gate) -> Any:
         return None if weight is None else gate
     if isinstance(fact, Gate) and names(fact.dims[:n]) == names(mask.dims) and fact.rows is None:
         return replace(fact, dims=(row, *fact.dims[n:]), rows=rows)
-    if n == 1 and (picked := _token_weight(engine, source, rows, row)) is not None:
+    if n == 1 and not isinstance(fact, Gate) and (picked := _token_weight(engine, source, rows, row)) is not None:
         return picked
     if not isinstance(fact, (Gate, Wt)):
         val = x_rows(engine, source)
@@ -209,22 +210,37 @@ def _accumulates(fact: Any, rows: Rows) -> bool:
 
 
 def _token_weight(engine: Engine, source: fx.Node, rows: Rows, row: Dim) -> Gate | None:
-    """``w[:, k][tokens]``, ``w[mask, k]``: one router weight per token, where the rows hold a token at most once."""
-    shape = shape_of(source)
-    if not of_one_slot(rows, top_k(engine, rows.ids)) or engine.fact(source) is not None or not is_float(source):
-        return None
-    if not shape or any(not same(s, 1) for s in shape[1:]) or not same(shape[0], token_count(engine, rows.ids)):
+    """``w[:, k][tokens]``, ``w[mask, k]``: the weight of the one slot; ``probs[mask, e]``: that of the expert."""
+    shape, tokens = shape_of(source), token_count(engine, rows.ids)
+    if not shape or not is_float(source) or any(not same(s, 1) for s in shape[1:]) or not same(shape[0], tokens):
         return None
     dims = (row, *(() for _ in shape[1:]))
-    weight = RouterWeight(engine.flat_leaf(source))
-    return Gate(dims, rows.ids, weight=weight, expert=rows.expert, summed=True, rows=rows, slot=rows.slot)
+    weight = dense_column(engine, source, rows, tokens)
+    if weight is None and (engine.fact(source) is not None or not of_one_slot(rows, top_k(engine, rows.ids))):
+        return None
+    return Gate(
+        dims,
+        rows.ids,
+        weight=weight or RouterWeight(engine.flat_leaf(source)),
+        expert=rows.expert,
+        summed=True,
+        rows=rows,
+        slot=rows.slot,
+        distinct=rows.kind == "hit_token",
+    )
 
 
 def _lines_up(dims: Dims, mask: Dims) -> bool:
     """Whether a value stands once per token of a mask, and is copied along its slots."""
-    if names(dims) != tuple(tuple("*" if name == "k" else name for name in label) for label in names(mask)):
+    tokens, copies = ([a for d in dims for a in d if (a.name == "*") is copied] for copied in (False, True))
+    counted, slots = ([a for d in mask for a in d if (a.name == "k") is slot] for slot in (False, True))
+    if len(copies) != len(slots) or not all(same(a.size, b.size) for a, b in zip(copies, slots, strict=True)):
         return False
-    return all(same(size_of(a), size_of(b)) for a, b in zip(dims, mask, strict=True))
+    if not token_major(mask) or [a for d in dims for a in d] != [*tokens, *copies]:
+        return False  # copies of a token stand beside each other
+    if not all(a.name.startswith("t") for a in tokens):
+        return False
+    return same(size_of(tuple(tokens)), size_of(tuple(counted)))
 
 
 def _pair_weight(engine: Engine, node: fx.Node, source: fx.Node, token: Index, slot: Index) -> Any:

@@ -27,6 +27,7 @@ from .facts import (
     names,
     refuse,
     same,
+    token_dims,
 )
 from .gathered import is_token_range
 from .pairs import assign, names_pair, pair_dim, token_and_slot_dims
@@ -65,7 +66,7 @@ def _scatter_sum(engine: Engine, node: fx.Node, target: Any, dim: Any, index: An
 
 def _accumulate(engine: Engine, node: fx.Node, target: fx.Node, into: Any, val: Val) -> Sum:
     shape = shape_of(target)
-    dims: Dims = ((Atom("t0", shape[0]),) if not same(shape[0], 1) else (), (Atom("f", shape[1]),))
+    dims: Dims = (*token_dims(shape[:-1]), (Atom("f", shape[-1]),))
     part = Part(replace(val, dims=dims), val.gate)
     if isinstance(into, Sum):
         return replace(into, parts=(*into.parts, part))
@@ -99,8 +100,8 @@ def _index_put(engine: Engine, node: fx.Node) -> Any:
     if isinstance(index, Gate) and "k" in flat_names(index.dims):
         found = rows_of_mask(index)
         return assign(engine, node, target, into, index.dims, found, value) if once and found is not None else None
-    rows = index.rows if isinstance(index, Index) and names_token(engine, index) else None
-    if isinstance(index, Gate):
+    rows = index.rows if isinstance(index, Index) and names_token(engine, index) and rank(target) == 2 else None
+    if isinstance(index, Gate) and rank(target) == len(index.dims) + 1:
         rows = rows_of_mask(index)
     if rows is None:
         return None
