@@ -82,9 +82,23 @@ def _nothing_used_outside(engine: Engine, found: Found, nodes: set[fx.Node]) -> 
                 raise refuse("MC203", f"{node.name}, inside the layer, is also used by {user.name}", user)
             if writes(node.target):
                 raise refuse("MC204", f"{node.name} is written in place and used outside the layer", user)
+    _buffers_are_not_seen(engine, nodes, base)
     for view in engine.views(base):
         if view not in nodes and engine.position[view] < end and any(engine.position[u] > end for u in view.users):
             raise refuse("MC204", f"{view.name} looks into the layer's output while it is being built", view)
+
+
+def _buffers_are_not_seen(engine: Engine, nodes: set[fx.Node], output: fx.Node) -> None:
+    """A buffer that is written inside is not read outside after that, by another view of it: the writes go away."""
+    first: dict[fx.Node, int] = {}
+    for node in nodes:
+        if writes(node.target) and (base := engine.base(node)) is not output:
+            first[base] = min(engine.position[node], first.get(base, engine.position[node]))
+    for base, at in first.items():
+        for view in (base, *engine.views(base)):
+            for user in view.users:
+                if user not in nodes and engine.position[user] > at and not is_size_check(user):
+                    raise refuse("MC204", f"{view.name} looks into a buffer that is written inside the layer", user)
 
 
 def _whole(node: fx.Node, base: fx.Node) -> bool:

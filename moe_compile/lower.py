@@ -142,14 +142,14 @@ def _call(c: _Cursor, p: Plan) -> fx.Node:
         return out
     if len(out_shape) == len(x_shape) and all(same(a, b) for a, b in zip(out_shape, x_shape, strict=True)):
         return c.call(torch.Tensor.view_as, (out, x))
-    raise AssertionError("checked by shape_is_restorable")
+    return c.call(torch.reshape, (out, tuple(s if isinstance(s, int) else -1 for s in out_shape)))
 
 
 def shape_is_restorable(found: Found) -> None:
-    """Refuse an output whose shape is neither ``[T, H]`` nor that of the hidden states."""
+    """Refuse an output whose shape is not that of the hidden states, nor ``[T, H]``, nor known but for one size."""
     x_shape, out_shape = shape_of(found.moe.hidden_states.node), shape_of(found.output)
     alike = len(out_shape) == len(x_shape) and all(same(a, b) for a, b in zip(out_shape, x_shape, strict=True))
-    if len(out_shape) != 2 and not alike:
+    if len(out_shape) != 2 and not alike and sum(not isinstance(s, int) for s in out_shape) > 1:
         raise refuse(
             "MC207", f"the result has shape {tuple(out_shape)}, the hidden states {tuple(x_shape)}", found.output
         )
@@ -161,7 +161,10 @@ def _router(c: _Cursor, p: Plan, ids: fx.Node) -> fx.Node:
     if moe.topk_weights is None:
         return c.call(torch.ones_like, (ids,), {"dtype": value(moe.hidden_states.node).dtype})
     node, shape = p.leaves[moe.topk_weights.leaf], shape_of(moe.topk_weights.leaf.node)
-    if len(shape) != 2 or not same(shape[1], moe.top_k):
+    if moe.topk_weights.dense:
+        wide = node if len(shape) == 2 else c.call(torch.reshape, (node, (-1, shape[-1])))
+        node = c.call(torch.gather, (wide, 1, c.call(torch.Tensor.to, (ids, torch.int64))))
+    elif len(shape) != 2 or not same(shape[1], moe.top_k):
         node = c.call(torch.reshape, (node, (-1, moe.top_k)))
     for target, *args in moe.topk_weights.steps:
         node = c.call(target, (node, *args))

@@ -54,7 +54,7 @@ def refusals(
         if leaf is None or root_of(leaf.node) in explained:
             continue
         explained.add(root_of(leaf.node))
-        reason = _inner_reason(engine, node, leaf) or error
+        reason = _inner_reason(engine, node, candidates[node][1], leaf) or error
         sites.append(_refusal(engine, form or nearest_form(engine, leaf.node), reason, node))
     for ids, user in engine.ids.items():
         if root_of(ids) in explained:
@@ -67,9 +67,11 @@ def refusals(
     return sites + _unrouted_misses(engine, explained)
 
 
-def _inner_reason(engine: Engine, output: fx.Node, ids: Leaf) -> NoMatch | None:
+def _inner_reason(engine: Engine, output: fx.Node, total: Sum, ids: Leaf) -> NoMatch | None:
     """Why a value inside a refused layer lost its meaning, if one did: nearer to the cause than the refusal."""
-    inside = {n for n in legality.between(engine, output, set()) if engine.position[n] > engine.position[ids.node]}
+    gates = [g for p in total.parts for g in (p.gate, p.val.gate_in) if g is not None]
+    router = {g.weight.leaf.node for g in gates if g.weight is not None}
+    inside = {n for n in legality.between(engine, output, router) if engine.position[n] > engine.position[ids.node]}
     misses = [m for m in engine.misses if m.node in inside]
     if misses:
         return max(misses, key=lambda m: m.position).error

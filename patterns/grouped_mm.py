@@ -35,6 +35,7 @@ from moe_compile.match.facts import (
     same,
 )
 from moe_compile.match.layer import Found, build, chosen_from
+from moe_compile.match.pairs import names_pair
 from moe_compile.match.routing import top_k
 from moe_compile.match.values import lift, linear_map, weight_leaf
 from moe_compile.spec import NoMatch
@@ -77,7 +78,7 @@ def _sort(engine: Engine, node: fx.Node) -> Any:
         return None
     fact = engine.fact(source)
     argsort = node.target in (aten.argsort.default, aten.argsort.stable)
-    if isinstance(fact, Index) and fact.what == "pair":
+    if isinstance(fact, Index) and fact.what == "pair" and fact.rows.kind == "sorted":
         inverse = Inverse((_pair_label(engine, fact.rows.ids),), fact.rows)
         return inverse if argsort else [None, inverse]
     leaf = _flat_ids(engine, source)
@@ -99,7 +100,7 @@ def _pair_label(engine: Engine, ids: Leaf) -> Any:
 def _divide(engine: Engine, node: fx.Node) -> Any:
     """``order // K``: the token of each sorted pair; ``order % K``: its slot."""
     fact, by = engine.fact(node.args[0]), node.args[1]
-    if not isinstance(fact, Index) or fact.what != "pair":
+    if not isinstance(fact, Index) or not names_pair(engine, fact):
         return None
     if not same(by, top_k(engine, fact.rows.ids)):
         raise refuse("MC207", f"pairs are divided by {by}, but each token has {top_k(engine, fact.rows.ids)}", node)
@@ -125,7 +126,7 @@ def _take_ids(engine: Engine, node: fx.Node) -> Any:
         return replace(order, what="token") if each_k and label[1].name == "*" else None
     if fact is None and is_integer(source):
         leaf = _flat_ids(engine, source)
-        if leaf is not None and leaf == order.rows.ids:
+        if leaf is not None and leaf == order.rows.ids and order.rows.kind == "sorted":
             return SortedIds(order.dims, order.rows)
     return None
 
@@ -182,6 +183,8 @@ def _sum_one_hot(engine: Engine, node: fx.Node) -> Any:
 
 def _cumsum(engine: Engine, node: fx.Node) -> Any:
     fact = engine.fact(node.args[0])
+    if isinstance(fact, Gate) and any(name.startswith("t") for name in flat_names(fact.dims)):
+        raise refuse("MC209", "tokens are counted one by one per expert: they get places in bins of a fixed size", node)
     if isinstance(fact, Gate) and names(fact.dims) == (("e",),) and _is_one_hot(fact):
         fact = Counts(fact.dims, fact.ids)  # T = 1: the one-hot rows were summed over the slots alone
     return replace(fact, ends=True) if isinstance(fact, Counts) and not fact.ends else None
@@ -210,6 +213,8 @@ def _grouped_mm(engine: Engine, node: fx.Node) -> Any:
     ends = engine.fact(offs)
     val = engine.fact(rows)
     if not isinstance(val, Val) or val.rows is None:
+        if isinstance(ends, Counts):
+            raise refuse("MC207", "the rows of _grouped_mm are not the routed tokens in the order of the experts", node)
         return None
     if argument(node, 3, "bias") is not None:
         raise refuse("MC301", "_grouped_mm with its own bias", node)

@@ -115,6 +115,7 @@ class Engine:
         self.first_facts: dict[fx.Node, Any] = {}
         self._param: dict[fx.Node, bool] = {}
         self._number: dict[fx.Node, fx.Node] = {}
+        self.pieces: dict[tuple[fx.Node, int], dict[int, Val]] = {}  # (buffer, version) -> expert -> assigned rows
         self._values: dict[Any, fx.Node] = {}
 
     # -------------------------------------------------------------------------------------- running
@@ -174,7 +175,7 @@ class Engine:
         # The write's result, and any later read through the written node, have the new fact.
         self._base[write] = base
         self._views.setdefault(base, []).append(write)
-        if target is base or self._same_view(target, base):
+        if target is base or self.same_view(target, base):
             if fact is None:
                 self.facts.pop(target, None)
             else:
@@ -182,7 +183,7 @@ class Engine:
         else:
             self.facts.pop(target, None)
 
-    def _same_view(self, node: fx.Node, base: fx.Node) -> bool:
+    def same_view(self, node: fx.Node, base: fx.Node) -> bool:
         """Whether ``node`` is ``base`` after writes to the whole of it."""
         while node is not base and writes(node.target):
             node = node.args[0]  # type: ignore[assignment]

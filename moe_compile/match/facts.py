@@ -190,10 +190,14 @@ class Ids(Fact):
 
 @dataclass(frozen=True)
 class RouterWeight:
-    """The border's routing weight: a leaf, then elementwise steps that the lowering repeats."""
+    """The border's routing weight: a leaf, then elementwise steps that the lowering repeats.
+
+    ``dense``: the leaf holds a number per expert, ``[T, E]``, of which each pair has that of its own id.
+    """
 
     leaf: Leaf
     steps: tuple[Any, ...] = ()
+    dense: bool = False
 
 
 @dataclass(frozen=True)
@@ -287,6 +291,13 @@ class Filled(Fact):
     """A fresh tensor of one number (None: uninitialised)."""
 
     number: float | None
+
+
+@dataclass(frozen=True)
+class Unfinished(Fact):
+    """A buffer of one row per pair in which the rows of some experts are still missing."""
+
+    ids: Leaf
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,25 @@ from torch import fx
 
 from ..canonical import shape_of
 from .engine import Engine, Rules, argument, aten, is_float, is_integer, normal_dim
-from .facts import Atom, Dim, Dims, Gate, Leaf, Range, SortedIds, Val, Wt, flat_names, names, same, size_of
+from .facts import (
+    Atom,
+    Dim,
+    Dims,
+    Gate,
+    Index,
+    Leaf,
+    Range,
+    SortedIds,
+    Val,
+    Wt,
+    flat_names,
+    is_token,
+    names,
+    same,
+    size_of,
+)
 from .routing import ids_dims, token_count
-from .values import lift, weight_leaf
+from .values import lift, weight_leaf, x_rows
 
 
 def gathered_weight(engine: Engine, node: fx.Node, source: fx.Node, ids: Leaf, dims: Dims) -> Any:
@@ -81,7 +97,9 @@ def _gather(engine: Engine, node: fx.Node) -> Any:
     if node.target is aten.take_along_dim.default:
         dim, index = index, dim
     assert isinstance(source, fx.Node) and isinstance(index, fx.Node)
-    val = engine.fact(source)
+    val, tokens = engine.fact(source), engine.fact(index)
+    if isinstance(tokens, Index) and dim == 0 and node.target is aten.gather.default:
+        return _gather_tokens(engine, source, tokens)
     if isinstance(val, Gate) and val.weight is None:
         return None
     if not isinstance(val, Val) or dim is None:
@@ -102,6 +120,20 @@ def _gather(engine: Engine, node: fx.Node) -> Any:
         if names((mine,))[0] == ("f",) and label != ("*",) and node.target is not aten.take_along_dim.default:
             return None
     return all_by_ids(engine, node, source, index, d)
+
+
+def _gather_tokens(engine: Engine, source: fx.Node, index: Index) -> Any:
+    """``gather(x, 0, tokens[:, None].expand(-1, H))``: whole rows of the tokens."""
+    val = x_rows(engine, source)
+    if index.what != "token" or val is None or names(index.dims) != (("r",), ("*",)) or len(val.dims) != 2:
+        return None
+    if not is_token(val.dims[0]) or not same(size_of(val.dims[0]), token_count(engine, index.rows.ids)):
+        return None
+    return (
+        replace(val, dims=(index.dims[0], val.dims[1]), rows=index.rows)
+        if same(index.dims[1][0].size, size_of(val.dims[1]))
+        else None
+    )
 
 
 RULES: Rules = {aten.gather.default: _gather, aten.take_along_dim.default: _gather}

@@ -52,6 +52,8 @@ def build(engine: Engine, output: fx.Node, total: Sum, form: str) -> Found:
         _weighted_input_is_exact(val, experts, output)
     if total.needs or any(_needs_distinct(p) for p in total.parts):
         _prove_distinct(engine, ids, output)
+    if router is not None and router.dense:
+        _prove_range(engine, ids, shape_of(router.leaf.node)[-1], output)
     if any(s.weight.source == "ids" for s in val.slots):
         prove_range(engine, ids, experts.num_experts, output)
     moe = MoE(
@@ -250,7 +252,7 @@ def _sizes(engine: Engine, val: Val, ids: Leaf, router: RouterWeight | None, exp
     tokens = _numel(shape[:-1] if len(shape) > 1 else shape)
     if not same(_numel(shape_of(val.x.node)[:-1]), tokens):
         raise refuse("MC207", "hidden states and expert ids have different numbers of tokens", node)
-    if router is not None and not same(_numel(shape_of(router.leaf.node)), tokens * k):
+    if router is not None and not router.dense and not same(_numel(shape_of(router.leaf.node)), tokens * k):
         raise refuse("MC207", "router weights and expert ids have different sizes", node)
     out = shape_of(node)
     if not same(_numel(out), tokens * experts.hidden_size) or not same(out[-1], experts.hidden_size):

@@ -31,7 +31,7 @@ from .facts import (
     token_dims,
     unify,
 )
-from .slots import of_one_slot
+from .slots import dense_column, of_one_slot
 from .values import lift, x_rows
 
 
@@ -146,6 +146,13 @@ def weigh(engine: Engine, node: fx.Node, gate: Gate, other: Any) -> Gate | None:
     if isinstance(other, (int, float)) and gate.weight is not None and not isinstance(other, bool):
         step = (aten.mul.Tensor, other)
         return replace(gate, weight=replace(gate.weight, steps=(*gate.weight.steps, step)))
+    if gate.weight is None and isinstance(other, fx.Node) and gate.summed and not flat_names(gate.dims) & {"e", "k"}:
+        dense = dense_column(engine, other, gate, token_count(engine, gate.ids))
+        product = unify(gate.dims, tuple(() for _ in shape_of(other)))
+        lined = all(same(s, 1) or is_token(d) for s, d in zip(shape_of(other)[::-1], gate.dims[::-1], strict=False))
+        if dense is not None and product is not None and lined and len(shape_of(other)) <= len(gate.dims):
+            # A truth value counts a token once however often it names the expert; so does the sum if it never does.
+            return replace(gate, dims=product, weight=dense, boolean=False, distinct=gate.distinct)
     if gate.weight is not None or (gate.summed and "k" in _labels_of_ids(engine, gate)):
         return None
     weight = as_router_weight(engine, other, gate, gate.dims)

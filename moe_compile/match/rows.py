@@ -14,6 +14,7 @@ from .facts import (
     Atom,
     Coordinates,
     Dim,
+    Dims,
     Filled,
     Gate,
     Ids,
@@ -32,10 +33,12 @@ from .facts import (
     names,
     refuse,
     same,
+    size_of,
 )
 from .gathered import all_by_ids, by_ids, is_token_range
+from .pairs import names_pair, token_major
 from .routing import as_router_weight, token_count, top_k
-from .slots import of_one_slot, root_of
+from .slots import dense_column, of_one_slot, root_of
 from .values import lift, x_leaf, x_rows
 
 
@@ -44,7 +47,8 @@ def rows_of_mask(gate: Gate) -> Rows | None:
     if gate.weight is not None or gate.expert is None or gate.rows is not None or "e" in flat_names(gate.dims):
         return None
     kind = "hit" if "k" in flat_names(gate.dims) or not gate.distinct else "hit_token"
-    return Rows(kind, gate.ids, gate.expert, names(gate.dims), gate.slot)
+    order = tuple(name for label in names(gate.dims) for name in label)
+    return Rows(kind, gate.ids, gate.expert, (order,), gate.slot)
 
 
 def _nonzero(engine: Engine, node: fx.Node) -> Any:
@@ -59,7 +63,9 @@ def _nonzero(engine: Engine, node: fx.Node) -> Any:
     for dim in gate.dims:
         label = names((dim,))[0]
         what = "slot" if label == ("k",) else "token" if label and label[0].startswith("t") else "zero"
-        if len(label) > 1 or (what == "token" and sum(is_token(d) for d in gate.dims) > 1):
+        if len(label) > 1:
+            what = "pair" if token_major(gate.dims) and len(rows.order[0]) == len(label) else "other"
+        if what == "other" or (what == "token" and sum(is_token(d) for d in gate.dims) > 1):
             return None
         out.append(Index(((Atom("r", _count(node)),),), rows, what))
     if node.target is aten.nonzero.default:
@@ -150,13 +156,14 @@ def _by_rows(engine: Engine, node: fx.Node, source: fx.Node, dim: int, index: In
     if (
         isinstance(fact, (Sum, Filled))
         and dim == 0
+        and rank(source) == 2
         and names_token(engine, index)
         and _accumulates(fact, index.rows)
     ):
         return Picked(
             (index.dims[0], (Atom("f", shape_of(source)[-1]),)), engine.base(source), engine.version(source), index.rows
         )
-    if index.what == "pair" and dim == 0:
+    if dim == 0 and (index.what == "pair" or (index.what == "slot" and names_pair(engine, index))):
         return _flat_weight(engine, node, source, index)
     if not names_token(engine, index) or not same(shape_of(source)[dim], token_count(engine, index.rows.ids)):
         return None
@@ -178,18 +185,21 @@ def _by_mask(engine: Engine, node: fx.Node, source: fx.Node, mask: Gate) -> Any:
     shape = shape_of(source)
     if isinstance(fact, (Sum, Filled)) and "k" not in flat_names(mask.dims) and _accumulates(fact, rows):
         return Picked((row, (Atom("f", shape[-1]),)), engine.base(source), engine.version(source), rows)
-    if fact is None and "k" in flat_names(mask.dims) and n == len(shape):
-        gate = Gate(mask.dims, mask.ids, expert=mask.expert)
-        weight = as_router_weight(engine, source, gate, mask.dims)
-        return None if weight is None else replace(gate, dims=(row,), weight=weight, rows=rows, summed=True)
+    if "k" in flat_names(mask.dims) and fact is None and all(same(s, 1) for s in shape[n:]):
+        dims = (*mask.dims, *(() for _ in shape[n:]))
+        weight = as_router_weight(engine, source, Gate(dims, mask.ids), dims)
+        gate = Gate((row, *dims[n:]), mask.ids, expert=mask.expert, weight=weight, rows=rows, summed=True)
+        return None if weight is None else gate
     if isinstance(fact, Gate) and names(fact.dims[:n]) == names(mask.dims) and fact.rows is None:
         return replace(fact, dims=(row, *fact.dims[n:]), rows=rows)
-    if n == 1 and (picked := _token_weight(engine, source, rows, row)) is not None:
+    if n == 1 and not isinstance(fact, Gate) and (picked := _token_weight(engine, source, rows, row)) is not None:
         return picked
-    if "k" not in flat_names(mask.dims) and not isinstance(fact, (Gate, Wt)):
+    if not isinstance(fact, (Gate, Wt)):
         val = x_rows(engine, source)
-        if val is not None and names(val.dims[:n]) == names(mask.dims):
+        if val is not None and _lines_up(val.dims[:n], mask.dims):
             return replace(val, dims=(row, *val.dims[n:]), rows=rows)
+        if val is not None and not flat_names(val.dims) & {"k", "e", "r"}:
+            raise refuse("MC207", "the mask picks rows that are not the tokens of its pairs", node)
     return None
 
 
@@ -200,15 +210,37 @@ def _accumulates(fact: Any, rows: Rows) -> bool:
 
 
 def _token_weight(engine: Engine, source: fx.Node, rows: Rows, row: Dim) -> Gate | None:
-    """``w[:, k][tokens]``, ``w[mask, k]``: one router weight per token, where the rows hold a token at most once."""
-    shape = shape_of(source)
-    if not of_one_slot(rows, top_k(engine, rows.ids)) or engine.fact(source) is not None or not is_float(source):
-        return None
-    if not shape or any(not same(s, 1) for s in shape[1:]) or not same(shape[0], token_count(engine, rows.ids)):
+    """``w[:, k][tokens]``, ``w[mask, k]``: the weight of the one slot; ``probs[mask, e]``: that of the expert."""
+    shape, tokens = shape_of(source), token_count(engine, rows.ids)
+    if not shape or not is_float(source) or any(not same(s, 1) for s in shape[1:]) or not same(shape[0], tokens):
         return None
     dims = (row, *(() for _ in shape[1:]))
-    weight = RouterWeight(engine.flat_leaf(source))
-    return Gate(dims, rows.ids, weight=weight, expert=rows.expert, summed=True, rows=rows, slot=rows.slot)
+    weight = dense_column(engine, source, rows, tokens)
+    if weight is None and (engine.fact(source) is not None or not of_one_slot(rows, top_k(engine, rows.ids))):
+        return None
+    return Gate(
+        dims,
+        rows.ids,
+        weight=weight or RouterWeight(engine.flat_leaf(source)),
+        expert=rows.expert,
+        summed=True,
+        rows=rows,
+        slot=rows.slot,
+        distinct=rows.kind == "hit_token",
+    )
+
+
+def _lines_up(dims: Dims, mask: Dims) -> bool:
+    """Whether a value stands once per token of a mask, and is copied along its slots."""
+    tokens, copies = ([a for d in dims for a in d if (a.name == "*") is copied] for copied in (False, True))
+    counted, slots = ([a for d in mask for a in d if (a.name == "k") is slot] for slot in (False, True))
+    if len(copies) != len(slots) or not all(same(a.size, b.size) for a, b in zip(copies, slots, strict=True)):
+        return False
+    if not token_major(mask) or [a for d in dims for a in d] != [*tokens, *copies]:
+        return False  # copies of a token stand beside each other
+    if not all(a.name.startswith("t") for a in tokens):
+        return False
+    return same(size_of(tuple(tokens)), size_of(tuple(counted)))
 
 
 def _pair_weight(engine: Engine, node: fx.Node, source: fx.Node, token: Index, slot: Index) -> Any:
@@ -243,7 +275,7 @@ def _flat_weight(engine: Engine, node: fx.Node, source: fx.Node, index: Index) -
     if isinstance(val, Val) and val.rows is None and len(val.dims) == 2:
         label = val.dims[0]
         k = top_k(engine, index.rows.ids)
-        if len(label) >= 2 and label[-1].name == "*" and same(label[-1].size, k) and is_token(label[:-1]):
+        if label and label[-1].name == "*" and same(label[-1].size, k) and all(a.name[0] == "t" for a in label[:-1]):
             return replace(val, dims=(index.dims[0], val.dims[1]), rows=index.rows)
     return None
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from ..canonical import shape_of
-from .engine import Engine, Rules, argument, aten, is_float, normal_dim, rank
+from .engine import Engine, Rules, argument, aten, is_float, normal_dim, rank, writes
 from .facts import (
     Atom,
     Dims,
@@ -23,13 +23,16 @@ from .facts import (
     Rows,
     Sum,
     Val,
+    flat_names,
     names,
     refuse,
     same,
+    token_dims,
 )
 from .gathered import is_token_range
+from .pairs import assign, names_pair, pair_dim, token_and_slot_dims
 from .routing import ids_dims, token_count, top_k
-from .rows import names_token, rows_of_mask
+from .rows import names_slot, names_token, rows_of_mask
 
 
 def _index_add(engine: Engine, node: fx.Node) -> Any:
@@ -63,7 +66,7 @@ def _scatter_sum(engine: Engine, node: fx.Node, target: Any, dim: Any, index: An
 
 def _accumulate(engine: Engine, node: fx.Node, target: fx.Node, into: Any, val: Val) -> Sum:
     shape = shape_of(target)
-    dims: Dims = ((Atom("t0", shape[0]),) if not same(shape[0], 1) else (), (Atom("f", shape[1]),))
+    dims: Dims = (*token_dims(shape[:-1]), (Atom("f", shape[-1]),))
     part = Part(replace(val, dims=dims), val.gate)
     if isinstance(into, Sum):
         return replace(into, parts=(*into.parts, part))
@@ -81,14 +84,24 @@ def _index_put(engine: Engine, node: fx.Node) -> Any:
     into, value = engine.fact(target), engine.fact(src)
     where = [(i, n) for i, n in enumerate(indices) if isinstance(n, fx.Node)]
     if len(where) == 2:
-        return _combine_matrix(engine, node, target, where, src)
+        return _assign_by_pair(engine, node, target, into, where, value) or _combine_matrix(
+            engine, node, target, where, src
+        )
     if len(where) != 1 or where[0][0] != 0:
         return None
     index = engine.fact(where[0][1])
+    once = isinstance(value, Val) and not accumulate and writes(node.target)
+    if isinstance(index, Index) and index.rows.kind == "hit" and index.what in ("pair", "slot") and once:
+        if not names_pair(engine, index):
+            return None
+        return assign(engine, node, target, into, (pair_dim(engine, index.rows),), index.rows, value)
     if isinstance(index, Index) and index.what == "pair":
         return _unsort_put(engine, node, into, index, value, src)
-    rows = index.rows if isinstance(index, Index) and names_token(engine, index) else None
-    if isinstance(index, Gate):
+    if isinstance(index, Gate) and "k" in flat_names(index.dims):
+        found = rows_of_mask(index)
+        return assign(engine, node, target, into, index.dims, found, value) if once and found is not None else None
+    rows = index.rows if isinstance(index, Index) and names_token(engine, index) and rank(target) == 2 else None
+    if isinstance(index, Gate) and rank(target) == len(index.dims) + 1:
         rows = rows_of_mask(index)
     if rows is None:
         return None
@@ -97,17 +110,36 @@ def _index_put(engine: Engine, node: fx.Node) -> Any:
             raise refuse("MC204", "the running sum was written between reading and assigning its rows", node)
         if value.part is None or accumulate:
             return None
-        found = _accumulate(engine, node, target, into, value.part.val)
+        total = _accumulate(engine, node, target, into, value.part.val)
         # Reading, adding and writing back loses a term if a token stands twice among the rows.
-        once = not any("k" in label for label in rows.order)
-        return found if once else replace(found, needs=found.needs | {"distinct"})
+        once_each = not any("k" in label for label in rows.order)
+        return total if once_each else replace(total, needs=total.needs | {"distinct"})
     if not isinstance(value, Val) or value.rows != rows:
         return None
     if accumulate:
         return _accumulate(engine, node, target, into, value)
-    if same(top_k(engine, rows.ids), 1) and _holds_only(into, rows):
+    if not same(top_k(engine, rows.ids), 1):
+        raise refuse("MC304", "an expert's output overwrites the result (= instead of +=) although K > 1", node)
+    started = (engine.base(target), engine.version(target)) in engine.pieces
+    if started or (isinstance(into, Filled) and into.number != 0):
+        return assign(engine, node, target, into, (pair_dim(engine, rows),), rows, value) if once else None
+    if _holds_only(into, rows):
         return _accumulate(engine, node, target, into, value)
-    raise refuse("MC304", "an expert's output overwrites the result (= instead of +=) although K > 1", node)
+    raise refuse("MC304", "an expert's output overwrites what the result holds already", node)
+
+
+def _assign_by_pair(engine: Engine, node: fx.Node, target: fx.Node, into: Any, where: Any, value: Any) -> Any:
+    """``buffer[tokens, slots] = expert(rows)``."""
+    (i, a), (j, b) = ((at, engine.fact(n)) for at, n in where)
+    if (i, j) != (0, 1) or not isinstance(a, Index) or not isinstance(b, Index) or not isinstance(value, Val):
+        return None
+    if not names_token(engine, a) or not names_slot(engine, b) or argument(node, 3, "accumulate", False):
+        return None
+    if a.rows != b.rows:
+        raise refuse("MC207", "tokens and slots come from different masks", node)
+    if not writes(node.target):
+        return None
+    return assign(engine, node, target, into, token_and_slot_dims(engine, a.rows), a.rows, value)
 
 
 def _holds_only(into: Any, rows: Rows) -> bool:
@@ -141,7 +173,7 @@ def _combine_matrix(engine: Engine, node: fx.Node, target: fx.Node, where: Any, 
 
 def _unsort_put(engine: Engine, node: fx.Node, into: Any, index: Index, value: Any, src: Any) -> Any:
     """``buffer[order] = rows``: back to pair order; ``buffer[order] = arange``: the inverse permutation."""
-    if not isinstance(into, Filled) or argument(node, 3, "accumulate", False):
+    if not isinstance(into, Filled) or argument(node, 3, "accumulate", False) or index.rows.kind != "sorted":
         return None
     size = shape_of(node)[0]
     ids = index.rows.ids

@@ -14,8 +14,9 @@ import torch
 from torch import fx
 
 from ..canonical import shape_of, value
-from .engine import Engine, argument, aten, normal_dim, under_flat_views
+from .engine import Engine, argument, aten, is_float, normal_dim, under_flat_views
 from .facts import Gate, Leaf, Part, RouterWeight, Rows, Sum, Val, refuse, same
+from .values import is_opaque
 
 _SWAPS = (aten.t.default, aten.numpy_T.default, aten.mT.default, aten.transpose.int, aten.permute.default)
 _SPLITS = (aten.unbind.int, aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default)
@@ -86,6 +87,25 @@ def root_of(ids: fx.Node) -> fx.Node:
 def of_one_slot(gate: Gate | Rows, top_k: Any) -> bool:
     """Whether a gate or rows concern one pair per token: a column of the ids, or K = 1."""
     return gate.slot is not None or same(top_k, 1)
+
+
+def dense_column(engine: Engine, source: fx.Node, of: Gate | Rows, tokens: Any) -> RouterWeight | None:
+    """``probs[:, e]`` as the weight of expert ``e``: each pair's weight is ``probs[t, ids[t, k]]``."""
+    found = None if of.slot is not None or column_of(of.ids.node) is not None else column_of(source)
+    if found is None or found[1] != of.expert or not is_float(source):
+        return None
+    if any(known is not None and not is_opaque(known) for known in (engine.fact(source), engine.fact(found[0]))):
+        return None
+    if not same(_numel(shape_of(found[0])[:-1]), tokens):
+        return None
+    return RouterWeight(engine.leaf(found[0]), dense=True)
+
+
+def _numel(shape: Any) -> Any:
+    total: Any = 1
+    for size in shape:
+        total = total * size
+    return total
 
 
 # ------------------------------------------------------------------------------------- merging
@@ -163,6 +183,8 @@ def _all_slots(engine: Engine, gate: Gate, ids: Leaf, slot: int, node: fx.Node) 
 
 def _whole_weight(engine: Engine, weight: RouterWeight, slot: int, node: fx.Node) -> RouterWeight:
     """The router weights of all slots, of which ``weight`` is the column ``slot``; a cast becomes a step."""
+    if weight.dense:
+        return weight
     at = weight.leaf.node
     casts: tuple[Any, ...] = ()
     while at.target is aten.to.dtype and isinstance(at.args[0], fx.Node):

@@ -26,7 +26,14 @@ def _stack(engine: Engine, node: fx.Node) -> Any:
     if not all(isinstance(v, Val) and v.slots for v in vals):
         return None
     at = normal_dim(int(dim), len(vals[0].dims) + 1)
-    return stacked_values(node, vals, at)
+    if not all(v.gate is not None and v.gate.summed for v in vals):
+        return stacked_values(node, vals, at)
+    n = len(vals[0].dims)
+    gates = [v.gate.with_dims(((),) * (n - len(v.gate.dims)) + v.gate.dims) for v in vals]
+    gate = _stack_gates(gates, at)
+    if gate is None:
+        raise refuse("MC208", "the weighted outputs are not stacked in the order of the experts", node)
+    return replace(stacked_values(node, [replace(v, gate=None) for v in vals], at), gate=gate)
 
 
 def _stack_gates(vals: list[Any], at: int) -> Gate | None:
@@ -39,7 +46,7 @@ def _stack_gates(vals: list[Any], at: int) -> Gate | None:
     return replace(first, dims=dims, expert=None)
 
 
-def stacked_values(node: fx.Node, vals: list[Val], at: int) -> Val | None:
+def stacked_values(node: fx.Node, vals: list[Val], at: int) -> Val:
     """E equal expressions with their own weights as one expression under an ``e`` dimension."""
     first = vals[0]
     for e, v in enumerate(vals):
