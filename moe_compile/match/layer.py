@@ -75,6 +75,8 @@ def build(engine: Engine, output: fx.Node, total: Sum, form: str) -> Found:
 def rebased(engine: Engine, total: Sum, node: fx.Node) -> Sum:
     """The sum with what all experts share (a projection before them) moved out, to the border."""
     first = total.parts[0].val
+    if len(total.parts) == 1 and expert_of(total.parts[0]) is not None:
+        return total  # a single expert shares its weights with nobody
     shared = set(first.slots)
     for part in total.parts:
         shared &= set(part.val.slots)
@@ -273,13 +275,13 @@ def _weighted_input_is_exact(val: Val, experts: Experts, node: fx.Node) -> None:
 
 
 def _prove_distinct(engine: Engine, ids: Leaf, node: fx.Node) -> None:
-    if same(top_k(engine, ids), 1) or _chosen_from(engine, ids.node) is not None:
+    if same(top_k(engine, ids), 1) or chosen_from(engine, ids.node) is not None:
         return
     raise refuse("MC207", "a token may name one expert twice: the ids do not come from a top-k", node)
 
 
 def _prove_range(engine: Engine, ids: Leaf, experts: int, node: fx.Node) -> None:
-    size = _chosen_from(engine, ids.node)
+    size = chosen_from(engine, ids.node)
     if size is None:
         raise refuse("MC207", f"the ids are not known to lie in [0, {experts}): they do not come from a top-k", node)
     if not isinstance(size, int) or size > experts:
@@ -293,7 +295,7 @@ _THROUGH = (
 )  # fmt: skip
 
 
-def _chosen_from(engine: Engine, node: fx.Node) -> Any:
+def chosen_from(engine: Engine, node: fx.Node) -> Any:
     """Number of scores that the ids were chosen from (top-k, sort or argmax over the last dimension), or None."""
     while node.target in _THROUGH:
         inner = node.args[0]

@@ -138,6 +138,8 @@ def _index(engine: Engine, node: fx.Node) -> Any:
             return _pair_weight(engine, node, source, a, b)
         if isinstance(a, Index) and isinstance(b, Index):
             raise refuse("MC207", "the router weights are indexed [slot, token], expected [token, slot]", node)
+        if isinstance(a, Index) != isinstance(b, Index) and is_float(source):
+            raise refuse("MC207", "the router weights are indexed by something else than token and slot", node)
         if isinstance(a, Range) and is_token_range(engine, a, where[1][1]):
             return all_by_ids(engine, node, source, where[1][1], 1)
     return None
@@ -236,6 +238,8 @@ def _unsort(engine: Engine, node: fx.Node, source: fx.Node, inverse: Inverse) ->
 def gathered_weight(engine: Engine, node: fx.Node, source: fx.Node, ids: Leaf, dims: Dims) -> Any:
     """``weights[ids]``: each pair's own weight, labelled by the pair's dimensions."""
     shape = shape_of(source)
+    if len(shape) == 3 and value(source).dtype.is_complex:
+        raise refuse("MC401", f"the experts' weights are {value(source).dtype}", node)
     if len(shape) not in (2, 3) or not all(isinstance(s, int) for s in shape) or not is_float(source):
         return None
     if len(shape) == 2:
@@ -304,6 +308,9 @@ def _gather(engine: Engine, node: fx.Node) -> Any:
     if isinstance(val, Gate) and val.weight is None:
         return None
     if not isinstance(val, Val) or dim is None:
+        if val is None and source.target in (aten.stack.default, aten.cat.default) and len(source.args[0]) > 1:  # type: ignore[arg-type]
+            code = "MC401" if value(source).dtype.is_complex else "MC200"
+            raise refuse(code, f"no stack of known experts' outputs ({value(source).dtype}) is gathered by ids", node)
         return None
     d = normal_dim(int(dim), len(val.dims))
     found = ids_dims(engine, index)
