@@ -15,15 +15,22 @@ from torch import fx
 from torch.utils._pytree import tree_leaves
 
 from . import torch_compat
+from .spec import NoMatch
+
+PLAIN_TENSORS = ("FakeTensor", "Tensor", "Parameter")
 
 
 @dataclass
 class Canonical:
-    """``graph`` is the copy; ``origins[node]`` are the nodes of the original whose value ``node`` computes."""
+    """``graph`` is the copy; ``origins[node]`` are the nodes of the original whose value ``node`` computes.
+
+    ``refusal`` says why there is no copy (``graph`` is then empty).
+    """
 
     module: fx.GraphModule
     origins: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
     first_origin: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    refusal: NoMatch | None = None
 
     @property
     def graph(self) -> fx.Graph:
@@ -38,11 +45,20 @@ class Canonical:
 def canonicalise(gm: fx.GraphModule) -> Canonical:
     """Trace ``gm`` (whose placeholders carry fake values) into its canonical copy.
 
-    Raises whatever tracing raises: the caller reports it and leaves the graph alone.
+    A graph with something that cannot be traced has no copy but a refusal. Raises whatever else tracing raises: the
+    caller reports it and leaves the graph alone.
     """
     values = [placeholder_value(n) for n in gm.graph.nodes if n.op == "placeholder"]
     pairs: list[tuple[fx.Node, Any]] = []
-    module = torch_compat.trace_pre_dispatch(gm, values, lambda node, result: pairs.append((node, result)))
+    try:
+        module = torch_compat.trace_pre_dispatch(gm, values, lambda node, result: pairs.append((node, result)))
+    except Exception:
+        refusal = _untraceable(gm)
+        if refusal is None:
+            raise
+        empty = fx.Graph()
+        empty.output(None)
+        return Canonical(fx.GraphModule({}, empty), refusal=refusal)
     copy = Canonical(module)
     by_name = {n.name: n for n in gm.graph.nodes}
     for original, result in pairs:
@@ -57,6 +73,18 @@ def canonicalise(gm: fx.GraphModule) -> Canonical:
         if history and history[-1].name in by_name:
             copy.first_origin[node] = by_name[history[-1].name]
     return copy
+
+
+def _untraceable(gm: fx.GraphModule) -> NoMatch | None:
+    """What of a graph is known not to be traced a second time: checkpoint regions and tensor subclasses."""
+    for node in gm.graph.nodes:
+        if "checkpoint" in str(node.target) and isinstance(node.target, torch._ops.HigherOrderOperator):
+            return NoMatch("MC216", "a region of the graph is checkpointed (torch.utils.checkpoint)", node)
+    for node in gm.graph.nodes:
+        kind = type(placeholder_value(node)) if node.op == "placeholder" else torch.Tensor
+        if issubclass(kind, torch.Tensor) and kind.__name__ not in PLAIN_TENSORS:
+            return NoMatch("MC402", f"{node.name} is a {kind.__name__}", next(iter(node.users), node))
+    return None
 
 
 def placeholder_value(node: fx.Node) -> Any:

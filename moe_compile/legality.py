@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from .canonical import placeholder_value, shape_of, tensor_inputs, value
-from .match.engine import Engine, aten, writes
+from .match.engine import Engine, aten, writes, written
 from .match.facts import Filled, Leaf, Picked, Sum, Val, refuse
 from .match.layer import Found
 
@@ -74,7 +74,7 @@ def _nothing_used_outside(engine: Engine, found: Found, nodes: set[fx.Node]) -> 
             inner = engine.first_facts.get(node)
             if node is found.output:
                 continue
-            if engine.base(node) is base and _whole(node, base) and engine.position[user] > end:
+            if engine.base(node) is base and written(node) is base and engine.position[user] > end:
                 continue
             if isinstance(inner, Val) and not inner.slots:
                 continue
@@ -99,12 +99,6 @@ def _buffers_are_not_seen(engine: Engine, nodes: set[fx.Node], output: fx.Node) 
             for user in view.users:
                 if user not in nodes and engine.position[user] > at and not is_size_check(user):
                     raise refuse("MC204", f"{view.name} looks into a buffer that is written inside the layer", user)
-
-
-def _whole(node: fx.Node, base: fx.Node) -> bool:
-    while node is not base and writes(node.target):
-        node = node.args[0]  # type: ignore[assignment]
-    return node is base
 
 
 def _is_heavy(node: fx.Node) -> bool:

@@ -13,7 +13,7 @@ from . import ops as ops  # the calls made here need the ops to be registered
 from .canonical import Canonical, shape_of, value
 from .legality import Region, is_size_check
 from .loops import marks
-from .match.engine import writes
+from .match.engine import writes, written
 from .match.expert import Handle
 from .match.facts import Leaf, refuse, same
 from .match.layer import Found
@@ -45,7 +45,7 @@ def plan(copy: Canonical, found: Found, region: Region) -> Plan:
             raise refuse("MC212", f"{leaf.node.name} comes after the layer's output", leaf.node)
     aliases = [output]
     for step in [region.buffer, *region.writes]:
-        if step in region.nodes and step is not found.output and _of_buffer(step, region.buffer):
+        if step in region.nodes and step is not found.output and written(step) is region.buffer:
             aliases += copy.origins.get(step, [])
     border = set(leaves.values())
     inside = {
@@ -72,13 +72,6 @@ def _output(copy: Canonical, node: fx.Node) -> fx.Node:
     if not copy.origins.get(node) and writes(node.target) and node in copy.first_origin:
         return copy.first_origin[node]
     return _origin(copy, node)
-
-
-def _of_buffer(step: fx.Node, buffer: fx.Node) -> bool:
-    node = step
-    while node is not buffer and writes(node.target):
-        node = node.args[0]  # type: ignore[assignment]
-    return node is buffer
 
 
 def lower(p: Plan) -> fx.Node:

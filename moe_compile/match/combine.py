@@ -83,7 +83,9 @@ def _add(engine: Engine, node: fx.Node) -> Any:
         return None
     if not all(same(p, q) for p, q in zip(shape_of(other), shape_of(node), strict=False)):
         return None
-    if rank(other) != rank(node) or (str(node.target).endswith("add_.Tensor") and mine is tb):
+    if node.target is aten.add_.Tensor and mine is tb:
+        raise refuse("MC210", f"the sum over experts is added in place into {other.name}", node)
+    if rank(other) != rank(node):
         return None
     return replace(mine, base=engine.leaf(other))
 

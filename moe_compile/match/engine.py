@@ -185,9 +185,7 @@ class Engine:
 
     def same_view(self, node: fx.Node, base: fx.Node) -> bool:
         """Whether ``node`` is ``base`` after writes to the whole of it."""
-        while node is not base and writes(node.target):
-            node = node.args[0]  # type: ignore[assignment]
-        return node is base
+        return written(node) is base
 
     # -------------------------------------------------------------------------------------- reading
 
@@ -370,6 +368,13 @@ def writes(target: Any) -> bool:
         return False
     info = schema.arguments[0].alias_info
     return info is not None and info.is_write
+
+
+def written(node: fx.Node) -> fx.Node:
+    """The tensor that a chain of in-place operations returns."""
+    while writes(node.target):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
 
 
 def _is_pure(target: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..canonical import value
+from ..canonical import PLAIN_TENSORS, value
 from ..spec import Activation, Experts, Weight
 from .activation import activation_of
 from .engine import Engine
@@ -232,7 +232,7 @@ def _dtypes(engine: Engine, val: Val, experts: Experts, node: fx.Node) -> None:
             tensor = value(handle.leaf.node)
             if tensor.dtype != dtype:
                 raise refuse("MC401", f"weights are {tensor.dtype}, the hidden states {dtype}", handle.leaf.node)
-            if type(tensor).__name__ not in ("FakeTensor", "Tensor", "Parameter"):
+            if type(tensor).__name__ not in PLAIN_TENSORS:
                 raise refuse("MC402", f"weights are a {type(tensor).__name__}", handle.leaf.node)
             if tensor.device != value(val.x.node).device:
                 raise refuse("MC401", f"weights are on {tensor.device}, the hidden states elsewhere", handle.leaf.node)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from ..canonical import shape_of
+from ..canonical import shape_of, value
 from .engine import Engine, Rules, argument, aten, is_float, is_integer, normal_dim
 from .facts import (
     Atom,
@@ -23,6 +23,7 @@ from .facts import (
     flat_names,
     is_token,
     names,
+    refuse,
     same,
     size_of,
 )
@@ -33,6 +34,8 @@ from .values import lift, weight_leaf, x_rows
 def gathered_weight(engine: Engine, node: fx.Node, source: fx.Node, ids: Leaf, dims: Dims) -> Any:
     """``weights[ids]``: each pair's own weight, labelled by the pair's dimensions."""
     shape = shape_of(source)
+    if len(shape) == 3 and value(source).dtype.is_complex:
+        raise refuse("MC401", f"the experts' weights are {value(source).dtype}", node)
     if len(shape) not in (2, 3) or not all(isinstance(s, int) for s in shape) or not is_float(source):
         return None
     if len(shape) == 2:
@@ -103,6 +106,9 @@ def _gather(engine: Engine, node: fx.Node) -> Any:
     if isinstance(val, Gate) and val.weight is None:
         return None
     if not isinstance(val, Val) or dim is None:
+        if val is None and source.target in (aten.stack.default, aten.cat.default) and len(source.args[0]) > 1:  # type: ignore[arg-type]
+            code = "MC401" if value(source).dtype.is_complex else "MC200"
+            raise refuse(code, f"no stack of known experts' outputs ({value(source).dtype}) is gathered by ids", node)
         return None
     d = normal_dim(int(dim), len(val.dims))
     found = ids_dims(engine, index)

@@ -53,7 +53,7 @@ def build(engine: Engine, output: fx.Node, total: Sum, form: str) -> Found:
     if total.needs or any(_needs_distinct(p) for p in total.parts):
         _prove_distinct(engine, ids, output)
     if router is not None and router.dense:
-        _prove_range(engine, ids, shape_of(router.leaf.node)[-1], output)
+        prove_range(engine, ids, shape_of(router.leaf.node)[-1], output)
     if any(s.weight.source == "ids" for s in val.slots):
         prove_range(engine, ids, experts.num_experts, output)
     moe = MoE(
@@ -77,6 +77,8 @@ def build(engine: Engine, output: fx.Node, total: Sum, form: str) -> Found:
 def rebased(engine: Engine, total: Sum, node: fx.Node) -> Sum:
     """The sum with what all experts share (a projection before them) moved out, to the border."""
     first = total.parts[0].val
+    if len(total.parts) == 1 and expert_of(total.parts[0]) is not None:
+        return total  # a single expert shares its weights with nobody
     shared = set(first.slots)
     for part in total.parts:
         shared &= set(part.val.slots)

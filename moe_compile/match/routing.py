@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..canonical import shape_of
+from ..canonical import shape_of, value
 from .engine import Engine, Rules, argument, aten, is_float, is_integer, normal_dim, rank
 from .facts import (
     Atom,
@@ -301,6 +301,8 @@ def _scatter(engine: Engine, node: fx.Node) -> Any:
             weight = None
         elif fact is None and is_float(src):
             weight = RouterWeight(engine.flat_leaf(src))
+        elif value(src).dtype.is_complex:
+            raise refuse("MC401", f"the router weights are {value(src).dtype}", node)
         else:
             return None
     adds = "add" in str(node.target)

@@ -146,6 +146,8 @@ def _index(engine: Engine, node: fx.Node) -> Any:
             return _pair_weight(engine, node, source, a, b)
         if isinstance(a, Index) and isinstance(b, Index):
             raise refuse("MC207", "the router weights are indexed [slot, token], expected [token, slot]", node)
+        if isinstance(a, Index) != isinstance(b, Index) and is_float(source):
+            raise refuse("MC207", "the router weights are indexed by something else than token and slot", node)
         if isinstance(a, Range) and is_token_range(engine, a, where[1][1]):
             return all_by_ids(engine, node, source, where[1][1], 1)
     return None

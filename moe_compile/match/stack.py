@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from ..canonical import shape_of
-from .engine import Engine, Rules, argument, aten, normal_dim
+from .engine import Engine, Rules, argument, aten, normal_dim, written
 from .facts import Atom, Gate, Slot, Val, Wt, names, refuse
 from .values import renumber
 
@@ -81,6 +81,8 @@ def merge_weights(weights: list[Wt], node: Any) -> Wt:
             raise refuse("MC201", f"expert {e} has weights of shape {mine}, expert 0 has {ref}", node)
     if first.source == "row":
         for e, w in enumerate(weights):
+            if w.leaf != first.leaf and written(w.leaf.node) is written(first.leaf.node):
+                raise refuse("MC204", f"the stacked weights are written before expert {e} reads them", node)
             if w.leaf != first.leaf:
                 raise refuse("MC201", f"expert {e} reads another stacked weight than expert 0", node)
             if w.expert != e:
