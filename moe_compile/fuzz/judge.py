@@ -1,0 +1,132 @@
+"""One case: the original in eager mode, the rewritten program and float64 against each other.
+
+Verdicts: ``ok``; ``miss``, a layer that had to be rewritten was not; ``wrong``, a number, shape or write differs;
+``crash``, the compiled call raised and eager mode did not; ``invalid``, the original itself raises.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from moe_compile.comparing import Run, compare
+from moe_compile.report import REWRITTEN
+
+from .axes import Case, must_match
+from .mutations import MUTATIONS
+from .program import Program, program, recorded
+from .tracing import Traced, traced
+
+FLOOR = {torch.float32: 1e-7, torch.float64: 1e-15, torch.bfloat16: 1e-3, torch.float16: 1e-4}
+COSINE = {torch.float32: 0.99999, torch.bfloat16: 0.9999, torch.float16: 0.9999}
+FACTOR = 2.0
+
+
+@dataclass
+class Verdict:
+    """What became of one case."""
+
+    case: Case
+    kind: str
+    detail: str = ""
+    codes: list[str] = field(default_factory=list)
+    sites: int = 0
+
+    @property
+    def failed(self) -> bool:
+        return self.kind in ("miss", "wrong", "crash")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def judge(case: Case) -> Verdict:
+    """Run one case. Never raises for what the program or the compiler does."""
+    try:
+        with program(case) as p, torch.no_grad():
+            return _judge(p)
+    except SyntaxError as error:
+        return Verdict(case, "invalid", f"the mutation does not fit: {error}")
+
+
+def _judge(p: Program) -> Verdict:
+    case, turns = p.case, 2
+    result = traced(p.model, dynamic=True if case.mode == "dynamic" else None)
+    problems: list[str] = []
+    for turn in range(turns):
+        if turn:
+            p.next_turn()
+        args = p.inputs(turn)
+        try:
+            original, reference = _original(p, args)
+        except Exception as error:
+            return Verdict(case, "invalid", f"{type(error).__name__}: {error}")
+        before = [t.clone() for t in (*args, *p.model.state_dict().values())]
+        torch.manual_seed(turn)
+        try:
+            ours = result.call(*args)
+        except Exception:
+            return _verdict(case, result, "crash", traceback.format_exc(limit=-6))
+        after = (*args, *p.model.state_dict().values())
+        if not writes(case) and any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)):
+            problems.append("an input or a weight was written")
+        problems += [f"call {turn}: {text}" for text in differences(ours, original, reference)]
+    rewritten = sum(s.status == REWRITTEN for s in result.sites)
+    if case.mutation != "none" and MUTATIONS[case.mutation].refuse and rewritten:
+        problems.append("rewritten although the program draws random numbers or writes what it reads")
+    elif case.mutation != "none" and not rewritten:
+        problems = []  # the program stayed as it was
+    if problems:
+        return _verdict(case, result, "wrong", "; ".join(problems))
+    wanted = len(result.graphs) * (2 if case.around == "two_layers" else 1)
+    if must_match(case) and (rewritten != wanted or len(result.graphs) > (2 if case.mode == "recompile" else 1)):
+        refusals = "; ".join(f"{s.code} {s.reason}" for s in result.sites if s.status != REWRITTEN)
+        return _verdict(case, result, "miss", f"{rewritten} of {wanted} in {len(result.graphs)} graphs: {refusals}")
+    return _verdict(case, result, "ok", "")
+
+
+def writes(case: Case) -> bool:
+    """Whether the program itself may write its inputs or weights."""
+    return case.mutation != "none"
+
+
+def _original(p: Program, args: tuple[Tensor, ...]) -> tuple[Any, Any]:
+    """The original's result, and float64 with the same routing; the program may write its inputs."""
+    state = {k: v.clone() for k, v in p.model.state_dict().items()}
+    kept = tuple(a.clone() for a in args)
+    torch.manual_seed(0)
+    original, routing = recorded(p.model, tuple(a.clone() for a in args))
+    p.model.load_state_dict(state)
+    return original, p.reference(kept, routing)
+
+
+def differences(ours: Any, original: Any, reference: Any) -> list[str]:
+    """What is wrong with the rewritten result, in words."""
+    runs = [Run(tree_leaves(out)) for out in (ours, original, reference)]
+    problems = []
+    for u, o, r in zip(*(run.tensors for run in runs), strict=True):
+        errors = compare(Run([u]), Run([o]), Run([r]), FLOOR[o.dtype], FACTOR)
+        problems += errors.problems
+        if errors.ok and cosine(u, r) < COSINE[o.dtype] <= cosine(o, r):
+            problems.append(f"cosine {cosine(u, r):.6f}")
+        if u.shape == o.shape and u.numel() and u.stride() != o.stride():
+            problems.append(f"strides {u.stride()}, original {o.stride()}")
+    return problems
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    """Cosine of the angle between two tensors, 1 where both are zero."""
+    x, y = a.double().flatten(), b.double().flatten()
+    norm = float(x.norm() * y.norm())
+    return float(x @ y) / norm if norm > 0 else float(torch.equal(x, y))
+
+
+def _verdict(case: Case, result: Traced, kind: str, detail: str) -> Verdict:
+    codes: Sequence[str | None] = [s.code for s in result.sites if s.status != REWRITTEN]
+    return Verdict(case, kind, detail, [c or "none" for c in codes], sum(s.status == REWRITTEN for s in result.sites))
