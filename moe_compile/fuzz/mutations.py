@@ -34,6 +34,7 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "another expert's bias": _m(("self.b2[e]", "self.b2[e - 1]"), ("self.b1[e]", "self.b1[e - 1]")),
     "a negative mask": _m(("ids == e", "ids != e")),
+    "ids as truth values": _m(("ids == e", "ids.bool().long() == e"), ("self.w2[ids]", "self.w2[ids.bool().long()]")),
     "ids are at least e": _m(("ids == e", "ids >= e")),
     # routing weights
     "weights of another token": _m(

@@ -99,7 +99,7 @@ def summary(verdicts: list[Verdict]) -> dict[str, Any]:
 def _pair_coverage(seen: set[tuple[Any, ...]]) -> float:
     """Share of the pairs of axis values, of all that valid cases can reach, that were drawn."""
     reachable: set[tuple[Any, ...]] = set()
-    for seed in range(20_000):
+    for seed in range(4_000):
         axes = draw(seed).axes()
         reachable.update(itertools.combinations([(axis, axes[axis]) for axis in AXES if axis != "style"], 2))
     return len(seen & reachable) / len(reachable)

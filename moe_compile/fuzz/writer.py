@@ -125,7 +125,7 @@ _ACTIVATIONS = {
     "silu": ("F.silu(gate)", "gate * torch.sigmoid(gate)", "nn.functional.silu(gate)", "gate / (1 + torch.exp(-gate))"),
     "gelu": ("F.gelu(gate)", "0.5 * gate * (1 + torch.erf(gate / 2**0.5))"),
     "gelu_tanh": ('F.gelu(gate, approximate="tanh")',
-                  "0.5 * gate * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3)))"),
+                  "0.5 * gate * (1 + torch.tanh(0.7978845608028654 * (gate + 0.044715 * gate**3)))"),
     "relu": ("F.relu(gate)", "torch.relu(gate)", "gate.clamp(min=0)"),
     "relu2": ("F.relu(gate).square()", "torch.relu(gate) ** 2", "F.relu(gate).pow(2)"),
 }  # fmt: skip
