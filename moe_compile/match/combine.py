@@ -64,6 +64,8 @@ def _add(engine: Engine, node: fx.Node) -> Any:
     fa, fb = engine.fact(a), engine.fact(b)
     if isinstance(fa, Picked) or isinstance(fb, Picked):
         return _add_picked(engine, node, fa, fb)
+    if isinstance(fa, Val) and isinstance(fb, Val) and fa.gate_in is not None and fa.gate_in == fb.gate_in:
+        return None  # two values of one expert with a weighted input: a step inside the expert
     ta, tb = term(engine, fa), term(engine, fb)
     if ta is None and tb is None:
         return None
@@ -167,9 +169,9 @@ def weighted_sum(
         if ids is None:
             return None
         shape = dict(zip(b_labels, shape_of(b), strict=True))
-        for c in b_labels:
-            label = mine.get(c)
-            if label is None or not all(x.name == "k" or x.name.startswith("t") for x in label):
+        for c in b_labels:  # a label that the values lack may have size one: ``weights[:, None] @ ys``
+            label = mine.get(c, ())
+            if not all(x.name == "k" or x.name.startswith("t") for x in label):
                 return None
             if not same(shape[c], size_of(label)):
                 return None
@@ -177,8 +179,8 @@ def weighted_sum(
             return None
         if not is_float(b):
             return None
-        dims = tuple(mine[c] if c in b_labels else () for c in order)
-        if [c for c in order if c in b_labels] != list(b_labels):
+        dims = tuple(mine.get(c, ()) if c in b_labels else () for c in order)
+        if [c for c in order if c in b_labels and mine.get(c)] != [c for c in b_labels if mine.get(c)]:
             return None
         other = Gate(dims, ids, weight=RouterWeight(engine.flat_leaf(b)))
     else:
@@ -320,7 +322,8 @@ def _combine_matrix(engine: Engine, node: fx.Node, target: fx.Node, where: Any, 
     if found is None or filled.number != 0 or not isinstance(src, fx.Node) or engine.fact(src) is not None:
         return None
     leaf, dims = found
-    if len(shape) != 2 or len(dims) != 2 or shape_of(src) != shape_of(second) or not is_float(src):
+    values = (*(1 for _ in range(2 - rank(src))), *shape_of(src))  # one token's weights may come as [K]
+    if len(shape) != 2 or len(dims) != 2 or values != shape_of(second) or not is_float(src):
         return None
     out = (dims[0], (Atom("e", shape[1]),))
     adds = bool(argument(node, 3, "accumulate", False))

@@ -246,8 +246,11 @@ class Engine:
 
     def flat_leaf(self, node: fx.Node) -> Leaf:
         """``leaf`` of what lies under views that keep the row-major order: the lowering reshapes anyway."""
-        while node.target in _FLAT_VIEWS and isinstance(node.args[0], fx.Node):
-            node = node.args[0]
+        while isinstance(source := node.args[0] if node.args else None, fx.Node):
+            whole = node.target is aten.slice.Tensor and shape_of(node) == shape_of(source)
+            if node.target not in _FLAT_VIEWS and not whole:
+                break
+            node = source
         return self.leaf(node)
 
     def strip(self, node: fx.Node) -> fx.Node:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..canonical import shape_of, value
+from ..canonical import known_size, shape_of, value
 from .engine import FLOATS, Engine, Rules, argument, aten, normal_dim
 from .facts import (
     Atom,
@@ -247,7 +247,7 @@ def _pieces(node: fx.Node) -> list[tuple[int, int]] | None:
         return None
     at, out = 0, []
     for piece in outs:
-        width = 1 if node.target is aten.unbind.int else piece.shape[dim]
+        width = 1 if node.target is aten.unbind.int else known_size(piece.shape[dim])
         if not isinstance(width, int):
             return None
         out.append((at, at + width))
