@@ -267,7 +267,8 @@ class Engine:
                 aten.to.device,
             )
             and isinstance(node.args[0], fx.Node)
-            and is_integer(node.args[0])
+            and holds_ids(node.args[0])
+            and holds_ids(node)
         ):
             node = node.args[0]
         return node
@@ -326,6 +327,17 @@ def is_integer(node: fx.Node) -> bool:
     """Whether a node is an integer tensor."""
     val = value(node)
     return isinstance(val, torch.Tensor) and not val.dtype.is_floating_point and val.dtype is not torch.bool
+
+
+def holds_ids(node: fx.Node) -> bool:
+    """Whether a node's dtype holds every expert id: a cast to ``bool`` or ``int8`` makes other ids of them."""
+    val = value(node)
+    return isinstance(val, torch.Tensor) and val.dtype in (torch.int16, torch.int32, torch.int64)
+
+
+def is_ids(node: fx.Node) -> bool:
+    """Whether the op takes a node's dtype as expert ids."""
+    return holds_ids(node) and value(node).dtype is not torch.int16
 
 
 def is_float(node: Any) -> bool:

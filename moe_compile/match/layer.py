@@ -9,7 +9,7 @@ from torch import fx
 
 from ..canonical import shape_of, value
 from ..spec import Experts, MoE
-from .engine import Engine, aten
+from .engine import Engine, aten, holds_ids
 from .expert import experts_of
 from .facts import Gate, Leaf, Part, RouterWeight, Slot, Sum, Val, refuse, same
 from .routing import top_k
@@ -273,7 +273,7 @@ def _weighted_input_is_exact(val: Val, experts: Experts, node: fx.Node) -> None:
 
 
 def _prove_distinct(engine: Engine, ids: Leaf, node: fx.Node) -> None:
-    if same(top_k(engine, ids), 1) or _chosen_from(engine, ids.node) is not None:
+    if same(top_k(engine, ids), 1) or _chosen_from(engine, ids.node, whole_rows=True) is not None:
         return
     raise refuse("MC207", "a token may name one expert twice: the ids do not come from a top-k", node)
 
@@ -293,11 +293,17 @@ _THROUGH = (
 )  # fmt: skip
 
 
-def _chosen_from(engine: Engine, node: fx.Node) -> Any:
-    """Number of scores that the ids were chosen from (top-k, sort or argmax over the last dimension), or None."""
+def _chosen_from(engine: Engine, node: fx.Node, whole_rows: bool = False) -> Any:
+    """Number of scores that the ids were chosen from (top-k, sort or argmax over the last dimension), or None.
+
+    ``whole_rows``: every row of ids is one choice. Two choices side by side (``topk`` over two heads, then
+    ``view(T, 2 * K)``) may name one expert twice.
+    """
     while node.target in _THROUGH:
         inner = node.args[0]
         assert isinstance(inner, fx.Node)
+        if not holds_ids(node) or (whole_rows and not same(shape_of(node)[-1], shape_of(inner)[-1])):
+            return None
         node = inner
     if node.target is aten.slice.Tensor or node.target is aten.narrow.default:
         inner = node.args[0]

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from ..canonical import known_size, shape_of, value
-from .engine import FLOATS, Engine, Rules, argument, aten, normal_dim
+from .engine import FLOATS, Engine, Rules, argument, aten, holds_ids, normal_dim
 from .facts import (
     Atom,
     Dim,
@@ -18,6 +18,7 @@ from .facts import (
     Fact,
     Filled,
     Gate,
+    Ids,
     Range,
     Sum,
     Val,
@@ -47,6 +48,8 @@ def cast(engine: Engine, node: fx.Node) -> Fact | None:
         return None
     if isinstance(fact, (Val, Sum)):
         return fact if out.dtype in FLOATS else None
+    if isinstance(fact, Ids):
+        return fact if holds_ids(node) else None
     if isinstance(fact, Wt):  # weights in another precision are other weights
         return fact if out.dtype == value(node.args[0]).dtype else None  # type: ignore[arg-type]
     if isinstance(fact, Gate):
