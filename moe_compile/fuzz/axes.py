@@ -9,7 +9,9 @@ from typing import Any
 
 from .forms import FORMS
 
-ROUTERS = ("softmax_topk", "topk_softmax", "sigmoid", "sigmoid_bias", "group_limited", "switch_top1", "external")
+ROUTERS = (
+    "softmax_topk", "topk_softmax", "sigmoid", "sigmoid_bias", "group_limited", "switch_top1", "two_heads", "external",
+)  # fmt: skip
 GLU_LAYOUTS = ("separate_cat", "stacked_cat", "stacked_interleaved")
 
 
@@ -66,7 +68,7 @@ class Case:
 # Values in the order in which the shrinker prefers them, with how often each is drawn.
 AXES: dict[str, dict[Any, float]] = {
     "form": dict.fromkeys(FORMS, 1.0),
-    "router": {**dict.fromkeys(ROUTERS, 1.0), "external": 0.3},
+    "router": {**dict.fromkeys(ROUTERS, 1.0), "two_heads": 0.5, "external": 0.3},
     "renormalise": {"no": 1, "sum": 2, "sum_eps": 1, "scale": 1},
     "weight": {"output": 4, "input": 1, "fp32": 2},
     "expert": {"glu": 4, "plain": 2, "glu_bias": 2, "plain_bias": 2, "three": 0.3},
@@ -94,6 +96,8 @@ def _sizes(c: Case) -> bool:
 def _router(c: Case) -> bool:
     if c.router == "switch_top1":
         return c.top_k == 1
+    if c.router == "two_heads":
+        return c.top_k % 2 == 0 and c.rank != "3d_kept" and c.routing == "random"
     if c.router == "group_limited":
         return c.experts % 2 == 0 and c.top_k <= c.experts // 2 and c.rank != "3d_kept"
     if c.router == "external":
@@ -169,7 +173,7 @@ def must_match(case: Case) -> bool:
     """Whether a rewrite is expected; otherwise a refusal is as good, as long as no number is wrong."""
     excused = (
         case.mutation != "none",
-        case.router == "external",  # nothing says that the ids are distinct and in range
+        case.router in ("external", "two_heads"),  # a token may name one expert twice
         case.expert == "three",
         case.experts == 1,
         case.tokens == 0,

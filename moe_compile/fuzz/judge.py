@@ -7,7 +7,7 @@ Verdicts: ``ok``; ``miss``, a layer that had to be rewritten was not; ``wrong``,
 from __future__ import annotations
 
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -56,30 +56,30 @@ def judge(case: Case) -> Verdict:
 
 
 def _judge(p: Program) -> Verdict:
-    case, turns = p.case, 2
+    case = p.case
     result = traced(p.model, dynamic=True if case.mode == "dynamic" else None)
     problems: list[str] = []
-    for turn in range(turns):
+    for turn in range(2):
         if turn:
             p.next_turn()
         args = p.inputs(turn)
         try:
-            original, reference = _original(p, args)
+            original, reference, writes = _original(p, args)
         except Exception as error:
             return Verdict(case, "invalid", f"{type(error).__name__}: {error}")
-        before = [t.clone() for t in (*args, *p.model.state_dict().values())]
-        torch.manual_seed(turn)
+        before = _state(p, args)
+        torch.manual_seed(case.seed)
         try:
             ours = result.call(*args)
         except Exception:
             return _verdict(case, result, "crash", traceback.format_exc(limit=-6))
-        after = (*args, *p.model.state_dict().values())
-        if not writes(case) and any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)):
-            problems.append("an input or a weight was written")
-        problems += [f"call {turn}: {text}" for text in differences(ours, original, reference)]
+        found = differences(ours, original, reference)
+        found += [f"{name}: {text}" for name, text in _other_writes(before, _state(p, args), writes)]
+        problems += [f"call {turn}: {text}" for text in found]
     rewritten = sum(s.status == REWRITTEN for s in result.sites)
-    if case.mutation != "none" and MUTATIONS[case.mutation].refuse and rewritten:
-        problems.append("rewritten although the program draws random numbers or writes what it reads")
+    random = case.mutation != "none" and MUTATIONS[case.mutation].refuse and case.around != "shared"
+    if random and rewritten:
+        problems.append("rewritten although the program draws random numbers inside an expert")
     elif case.mutation != "none" and not rewritten:
         problems = []  # the program stayed as it was
     if problems:
@@ -92,19 +92,36 @@ def _judge(p: Program) -> Verdict:
     return _verdict(case, result, "ok", "")
 
 
-def writes(case: Case) -> bool:
-    """Whether the program itself may write its inputs or weights."""
-    return case.mutation != "none"
+def _state(p: Program, args: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """Everything that a program may write: its inputs and its weights."""
+    inputs = {f"input {i}": a for i, a in enumerate(args)}
+    return {name: t.clone() for name, t in (*inputs.items(), *p.model.state_dict().items())}
 
 
-def _original(p: Program, args: tuple[Tensor, ...]) -> tuple[Any, Any]:
-    """The original's result, and float64 with the same routing; the program may write its inputs."""
+def _original(p: Program, args: tuple[Tensor, ...]) -> tuple[Any, Any, dict[str, Tensor]]:
+    """The original's result, float64 with the same routing, and what the original wrote."""
     state = {k: v.clone() for k, v in p.model.state_dict().items()}
     kept = tuple(a.clone() for a in args)
-    torch.manual_seed(0)
-    original, routing = recorded(p.model, tuple(a.clone() for a in args))
+    before = _state(p, kept)
+    torch.manual_seed(p.case.seed)
+    mine = tuple(a.clone() for a in args)
+    original, routing = recorded(p.model, mine)
+    after = _state(p, mine)
     p.model.load_state_dict(state)
-    return original, p.reference(kept, routing)
+    writes = {name: t for name, t in after.items() if not torch.equal(t, before[name])}
+    return original, p.reference(kept, routing), writes
+
+
+def _other_writes(
+    before: dict[str, Tensor], after: dict[str, Tensor], writes: dict[str, Tensor]
+) -> Iterator[tuple[str, str]]:
+    """Tensors that are written otherwise than the original writes them."""
+    for name, t in after.items():
+        written = not torch.equal(t, before[name])
+        if written != (name in writes):
+            yield name, "written" if written else "not written, though the original writes it"
+        elif written and not torch.allclose(t, writes[name], rtol=2e-2, atol=1e-3):
+            yield name, "other values written"
 
 
 def differences(ours: Any, original: Any, reference: Any) -> list[str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class Mutation:
     """Replaces the first ``old`` that a program holds (all its occurrences) by the ``new`` of the same place.
 
-    ``refuse``: the program draws random numbers or writes what it reads, so a rewrite is wrong whatever it returns.
+    ``refuse``: an expert draws random numbers, so a rewrite is wrong whatever it returns.
     """
 
     changes: tuple[tuple[str, str], ...]
@@ -111,7 +111,7 @@ MUTATIONS: dict[str, Mutation] = {
         ("torch.zeros_like(x)", "torch.ones_like(x)"), ("x.new_zeros(x.shape)", "x.new_ones(x.shape)")
     ),
     "starts from the input": _m(("torch.zeros_like(x)", "x.clone()"), ("x.new_zeros(x.shape)", "x + 0.5")),
-    "accumulates into the input": _m(("out = torch.zeros_like(x)", "out = x"), refuse=True),
+    "accumulates into the input": _m(("out = torch.zeros_like(x)", "out = x")),
     "alpha is two": _m(("index_add_(0, token, y", "index_add_(0, token, y, alpha=2"), ("out.add(", "out.add(2 * ")),
     "assigned, not added": _m(
         ("out[token] +=", "out[token] ="),
@@ -133,11 +133,7 @@ MUTATIONS: dict[str, Mutation] = {
         ("F.silu(gate)", "(F.gelu(gate) if e == 1 else F.silu(gate))"),
         ("F.relu(gate)", "(F.gelu(gate) if e == 1 else F.relu(gate))"),
     ),
-    "dropout": _m(
-        ("return y\n", "return F.dropout(y, 0.5, True)\n"),
-        ("y = torch.bmm(", "y = F.dropout(h, 0.5) + torch.bmm("),
-        refuse=True,
-    ),
+    "dropout": _m(("return y\n", "return F.dropout(y, 0.5, True)\n"), refuse=True),
     "a norm per expert": _m(("return y\n", "return F.normalize(y, dim=-1)\n")),
     "a norm inside": _m(("h = F.silu(gate)", "gate = F.normalize(gate, dim=-1)\n        h = F.silu(gate)")),
     "a mean over rows": _m(
@@ -167,8 +163,8 @@ MUTATIONS: dict[str, Mutation] = {
     "two experts share": _m(
         ("range(self.num_experts))\n", "range(self.num_experts))\n        self.experts[-1] = self.experts[0]\n")
     ),
-    "a weight is written": _m((_LOOP + "\n", _LOOP + "\n            self.w2[e].mul_(1.01)\n"), refuse=True),
-    "the input is written": _m((_LOOP + "\n", _LOOP + "\n            x.mul_(1.01)\n"), refuse=True),
+    "a weight is written": _m((_LOOP + "\n", _LOOP + "\n            self.w2[e].mul_(1.01)\n")),
+    "the input is written": _m((_LOOP + "\n", _LOOP + "\n            x.mul_(1.01)\n")),
     "transposed though square": _m(("self.w2[e])\n", "self.w2[e].t())\n"), ("self.w2[ids])", "self.w2[ids].mT)")),
     "weights scaled on the way": _m(
         ("self.w2[e]", "(self.w2[e] * 2)"),

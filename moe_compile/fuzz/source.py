@@ -65,6 +65,13 @@ def _router(w: Writer) -> Lines:
             f"scores = {sigmoid}", "ids = torch.topk(scores + self.bias, self.top_k, dim=-1)[1]",
             "weights = scores.gather(-1, ids)",
         ]  # fmt: skip
+    elif c.router == "two_heads":
+        init[0] = f"self.gate = nn.Linear({c.hidden}, {2 * c.experts})"
+        body += [
+            f"logits = logits.view({w.pick('heads', '-1', '-1, 2')}, {c.experts})", f"scores = {softmax}",
+            "weights, ids = torch.topk(scores, self.top_k // 2, dim=-1)",
+            "weights, ids = weights.reshape(-1, self.top_k), ids.reshape(-1, self.top_k)",
+        ]  # fmt: skip
     elif c.router == "group_limited":
         body += [
             f"scores = {softmax}", f"groups = scores.view(-1, 2, {c.experts // 2})",
