@@ -248,10 +248,18 @@ class Engine:
         """``leaf`` of what lies under views that keep the row-major order: the lowering reshapes anyway."""
         while isinstance(source := node.args[0] if node.args else None, fx.Node):
             whole = node.target is aten.slice.Tensor and shape_of(node) == shape_of(source)
-            if node.target not in _FLAT_VIEWS and not whole:
+            if (node.target not in _FLAT_VIEWS and not whole) or not self.unchanged(node):
                 break
             node = source
         return self.leaf(node)
+
+    def unchanged(self, node: fx.Node) -> bool:
+        """Whether a (possibly copying) view still holds the elements of its source as the source is now."""
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        if self.base(node) is not self.base(source) and self.version(node):
+            return False
+        return self.writes_before(source, self.position[node]) == self.version(source)
 
     def strip(self, node: fx.Node) -> fx.Node:
         """Through integer casts and copies, which change no id."""
@@ -269,6 +277,7 @@ class Engine:
             and isinstance(node.args[0], fx.Node)
             and holds_ids(node.args[0])
             and holds_ids(node)
+            and self.unchanged(node)
         ):
             node = node.args[0]
         return node

@@ -302,6 +302,8 @@ def _chosen_from(engine: Engine, node: fx.Node, whole_rows: bool = False) -> Any
     while node.target in _THROUGH:
         inner = node.args[0]
         assert isinstance(inner, fx.Node)
+        if engine.version(node):
+            return None  # a write may name any expert
         if not holds_ids(node) or (whole_rows and not same(shape_of(node)[-1], shape_of(inner)[-1])):
             return None
         node = inner
@@ -312,6 +314,8 @@ def _chosen_from(engine: Engine, node: fx.Node, whole_rows: bool = False) -> Any
         if dim not in (-1, len(shape_of(inner)) - 1):
             return None
         node = inner
+    if engine.version(node):
+        return None
     if node.target in (aten.argmax.default, aten.argmin.default, aten.argsort.default, aten.argsort.stable):
         source, dim = node.args[0], (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim"))
     else:

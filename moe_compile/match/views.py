@@ -47,7 +47,9 @@ def cast(engine: Engine, node: fx.Node) -> Fact | None:
     if not isinstance(out, torch.Tensor):
         return None
     if isinstance(fact, (Val, Sum)):
-        return fact if out.dtype in FLOATS else None
+        x = fact.x if isinstance(fact, Val) else fact.parts[0].val.x
+        narrow = out.dtype is torch.float16 and value(x.node).dtype is not torch.float16  # 1e5 would become infinite
+        return fact if out.dtype in FLOATS and not narrow else None
     if isinstance(fact, Ids):
         return fact if holds_ids(node) else None
     if isinstance(fact, Wt):  # weights in another precision are other weights
