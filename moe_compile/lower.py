@@ -147,13 +147,13 @@ def _call(c: _Cursor, p: Plan) -> fx.Node:
 
 
 def _inserted(shape: tuple[Any, ...]) -> list[int]:
-    """The size-one dimensions of an output that are more than ``[T, H]``: ``weights[:, None] @ ys`` is ``[T, 1, H]``."""
+    """The size-one dimensions that an output has besides ``[T, H]``: ``weights[:, None] @ ys`` is ``[T, 1, H]``."""
     ones = [i for i, size in enumerate(shape[:-1]) if same(size, 1)]
     return ones[: max(len(shape) - 2, 0)]
 
 
 def shape_is_restorable(found: Found) -> None:
-    """Refuse an output whose shape is neither ``[T, H]`` (with dimensions of size one) nor that of the hidden states."""
+    """Refuse an output that is neither ``[T, H]``, with dimensions of size one, nor shaped like the hidden states."""
     x_shape, out_shape = shape_of(found.moe.hidden_states.node), shape_of(found.output)
     alike = len(out_shape) == len(x_shape) and all(same(a, b) for a, b in zip(out_shape, x_shape, strict=True))
     if len(out_shape) - len(_inserted(out_shape)) != 2 and not alike:

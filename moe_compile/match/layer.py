@@ -50,7 +50,7 @@ def build(engine: Engine, output: fx.Node, total: Sum, form: str) -> Found:
     _sizes(engine, val, ids, router, experts, output)
     if weighted_input:
         _weighted_input_is_exact(val, experts, output)
-    if total.needs or any(_needs_distinct(p) for p in total.parts):
+    if total.needs or any(_needs_distinct(p, weighted_input) for p in total.parts):
         _prove_distinct(engine, ids, output)
     if any(s.weight.source == "ids" for s in val.slots):
         _prove_range(engine, ids, experts.num_experts, output)
@@ -229,8 +229,11 @@ def _router_weight(total: Sum, node: fx.Node) -> RouterWeight | None:
     return found.pop()
 
 
-def _needs_distinct(part: Part) -> bool:
+def _needs_distinct(part: Part, weighted_input: bool) -> bool:
     gate = _gate_of(part)
+    if weighted_input and (part.val.rows is None or part.val.rows.kind == "hit_token"):
+        # One run of the expert on the input times all its weights: a run per slot is something else.
+        return all(s.weight.source != "ids" for s in part.val.slots)
     if gate is None:
         return part.val.rows is not None and part.val.rows.kind == "hit_token"
     return gate.distinct
