@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -68,7 +68,7 @@ class Case:
 # Values in the order in which the shrinker prefers them, with how often each is drawn.
 AXES: dict[str, dict[Any, float]] = {
     "form": dict.fromkeys(FORMS, 1.0),
-    "router": {**dict.fromkeys(ROUTERS, 1.0), "two_heads": 0.5, "external": 0.3},
+    "router": {**dict.fromkeys(ROUTERS, 1.0), "group_limited": 1.5, "switch_top1": 1.5, "external": 2.0},
     "renormalise": {"no": 1, "sum": 2, "sum_eps": 1, "scale": 1},
     "weight": {"output": 4, "input": 1, "fp32": 2},
     "expert": {"glu": 4, "plain": 2, "glu_bias": 2, "plain_bias": 2, "three": 0.3},
@@ -145,14 +145,22 @@ def _rank(c: Case) -> bool:
     return c.rank != "3d_kept" or FORMS[c.form].any_rank
 
 
-CONSTRAINTS: tuple[Callable[[Case], bool], ...] = (
-    _sizes, _router, _expert, _layout, _weight, _grouped_mm, _around, _rank,
-)  # fmt: skip
+# Each with the axes that are drawn again where it does not hold.
+CONSTRAINTS: tuple[tuple[Callable[[Case], bool], tuple[str, ...]], ...] = (
+    (_rank, ("rank",)),
+    (_weight, ("weight", "router", "renormalise", "rank")),
+    (_layout, ("layout", "transposed")),
+    (_expert, ("expert", "layout", "activation")),
+    (_grouped_mm, ("dtype", "hidden", "inter", "experts")),
+    (_around, ("around", "dtype", "tokens", "routing")),
+    (_router, ("router", "renormalise", "experts", "top_k", "rank", "routing", "around")),
+    (_sizes, ("experts", "top_k", "tokens", "mode")),
+)
 
 
 def valid(case: Case) -> bool:
     """Whether the axes go together."""
-    return all(holds(case) for holds in CONSTRAINTS)
+    return all(holds(case) for holds, _ in CONSTRAINTS)
 
 
 def draw(seed: int, loops: bool = False, form: str | None = None) -> Case:
@@ -160,13 +168,13 @@ def draw(seed: int, loops: bool = False, form: str | None = None) -> Case:
     rng = random.Random(seed)
     forms = [name for name, f in FORMS.items() if loops or not f.needs_loops]
     chosen = form if form is not None else rng.choice(forms)
-    while True:
-        picked = {
-            axis: rng.choices(list(values), list(values.values()))[0] for axis, values in AXES.items() if axis != "form"
-        }
-        case = Case(form=chosen, seed=seed, **picked)
-        if valid(case):
-            return case
+    wrong: Iterable[str] = [axis for axis in AXES if axis != "form"]
+    case = Case(form=chosen, seed=seed)
+    while wrong:
+        picked = {axis: rng.choices(list(AXES[axis]), list(AXES[axis].values()))[0] for axis in wrong}
+        case = replace(case, **picked)
+        wrong = next((axes for holds, axes in CONSTRAINTS if not holds(case)), ())
+    return case
 
 
 def must_match(case: Case) -> bool:

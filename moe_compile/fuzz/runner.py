@@ -62,6 +62,9 @@ def run(cases: Iterable[Case], workers: int = 1, total: int | None = None) -> It
             sys.stderr.write(f"\r{n}/{total or '?'} programs in {time.monotonic() - start:.0f} s: {counts} ")
             yield verdict
         sys.stderr.write("\n")
+        if pool is not None:
+            pool.close()
+            pool.join()
     finally:
         if pool is not None:
             pool.terminate()
