@@ -100,7 +100,14 @@ def value(node: fx.Node) -> Any:
 def shape_of(node: fx.Node) -> tuple[Any, ...]:
     """The (possibly symbolic) shape of a canonical node; () when it is no tensor."""
     val = value(node)
-    return tuple(val.shape) if isinstance(val, torch.Tensor) else ()
+    return tuple(known_size(s) for s in val.shape) if isinstance(val, torch.Tensor) else ()
+
+
+def known_size(size: Any) -> Any:
+    """A size as an int where a guard has fixed its symbol (``dynamic=True`` makes every input size a symbol)."""
+    if isinstance(size, torch.SymInt) and size.node.expr.is_number:
+        return int(size.node.expr)
+    return size
 
 
 def tensor_inputs(node: fx.Node) -> list[fx.Node]:

@@ -67,7 +67,10 @@ def _borders_hold(engine: Engine, found: Found) -> None:
 def _nothing_used_outside(engine: Engine, found: Found, nodes: set[fx.Node]) -> None:
     end = engine.position[found.output]
     base = engine.base(found.output)
+    borders = {engine.base(leaf.node) for leaf in found.leaves} - {base}
     for node in nodes:
+        if engine.base(node) in borders and not writes(node.target):
+            continue  # a view of a border value is no inner value
         for user in node.users:
             if user in nodes or is_size_check(user):
                 continue

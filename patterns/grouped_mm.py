@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from moe_compile.canonical import shape_of
-from moe_compile.match.engine import Engine, Rules, argument, aten, is_integer, normal_dim, rank
+from moe_compile.match.engine import Engine, Rules, argument, aten, is_ids, is_integer, normal_dim, rank
 from moe_compile.match.facts import (
     Atom,
     Counts,
@@ -55,7 +55,7 @@ def _flat_ids(engine: Engine, node: Any) -> Leaf | None:
         inner = source.args[0]
         assert isinstance(inner, fx.Node)
         source = engine.strip(inner)
-    if rank(source) not in (1, 2):
+    if rank(source) not in (1, 2) or not is_ids(source):
         return None
     return engine.ids_leaf(source, node)
 

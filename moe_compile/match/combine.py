@@ -59,6 +59,8 @@ def _add(engine: Engine, node: fx.Node) -> Any:
     fa, fb = engine.fact(a), engine.fact(b)
     if isinstance(fa, Picked) or isinstance(fb, Picked):
         return _add_picked(engine, node, fa, fb)
+    if isinstance(fa, Val) and isinstance(fb, Val) and fa.gate_in is not None and fa.gate_in == fb.gate_in:
+        return None  # two values of one expert with a weighted input: a step inside the expert
     ta, tb = term(engine, fa), term(engine, fb)
     if ta is None and tb is None:
         return None
@@ -164,9 +166,9 @@ def weighted_sum(
         if ids is None:
             return None
         shape = dict(zip(b_labels, shape_of(b), strict=True))
-        for c in b_labels:
-            label = mine.get(c)
-            if label is None or not all(x.name == "k" or x.name.startswith("t") for x in label):
+        for c in b_labels:  # a label that the values lack may have size one: ``weights[:, None] @ ys``
+            label = mine.get(c, ())
+            if not all(x.name == "k" or x.name.startswith("t") for x in label):
                 return None
             if not same(shape[c], size_of(label)):
                 return None
@@ -174,8 +176,8 @@ def weighted_sum(
             return None
         if not is_float(b):
             return None
-        dims = tuple(mine[c] if c in b_labels else () for c in order)
-        if [c for c in order if c in b_labels] != list(b_labels):
+        dims = tuple(mine.get(c, ()) if c in b_labels else () for c in order)
+        if [c for c in order if c in b_labels and mine.get(c)] != [c for c in b_labels if mine.get(c)]:
             return None
         other = Gate(dims, ids, weight=RouterWeight(engine.flat_leaf(b)))
     else:

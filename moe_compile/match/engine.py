@@ -248,7 +248,20 @@ class Engine:
 
     def flat_leaf(self, node: fx.Node) -> Leaf:
         """``leaf`` of what lies under views that keep the row-major order: the lowering reshapes anyway."""
-        return self.leaf(under_flat_views(node))
+        while isinstance(source := node.args[0] if node.args else None, fx.Node):
+            whole = node.target is aten.slice.Tensor and shape_of(node) == shape_of(source)
+            if (node.target not in _FLAT_VIEWS and not whole) or not self.unchanged(node):
+                break
+            node = source
+        return self.leaf(node)
+
+    def unchanged(self, node: fx.Node) -> bool:
+        """Whether a (possibly copying) view still holds the elements of its source as the source is now."""
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        if self.base(node) is not self.base(source) and self.version(node):
+            return False
+        return self.writes_before(source, self.position[node]) == self.version(source)
 
     def strip(self, node: fx.Node) -> fx.Node:
         """Through integer casts and copies, which change no id."""
@@ -264,7 +277,9 @@ class Engine:
                 aten.to.device,
             )
             and isinstance(node.args[0], fx.Node)
-            and is_integer(node.args[0])
+            and holds_ids(node.args[0])
+            and holds_ids(node)
+            and self.unchanged(node)
         ):
             node = node.args[0]
         return node
@@ -333,6 +348,17 @@ def is_integer(node: fx.Node) -> bool:
     """Whether a node is an integer tensor."""
     val = value(node)
     return isinstance(val, torch.Tensor) and not val.dtype.is_floating_point and val.dtype is not torch.bool
+
+
+def holds_ids(node: fx.Node) -> bool:
+    """Whether a node's dtype holds every expert id: a cast to ``bool`` or ``int8`` makes other ids of them."""
+    val = value(node)
+    return isinstance(val, torch.Tensor) and val.dtype in (torch.int16, torch.int32, torch.int64)
+
+
+def is_ids(node: fx.Node) -> bool:
+    """Whether the op takes a node's dtype as expert ids."""
+    return holds_ids(node) and value(node).dtype is not torch.int16
 
 
 def is_float(node: Any) -> bool:

@@ -169,6 +169,8 @@ def _plain(expr: Any, leaves: dict[Any, Any]) -> Any:
             approximate = args.pop(1)[1]
         name = "gelu_tanh" if approximate == "tanh" else "gelu"
     if name in ("clamp", "hardtanh"):
+        if any(a[0] != "const" for a in args[1:]):
+            return None  # limits that are tensors
         low, high = kwargs.pop("min", None), kwargs.pop("max", None)
         given = [a[1] for a in args[1:]]
         low, high = given[0] if given else low, given[1] if len(given) > 1 else high
@@ -220,6 +222,8 @@ def _bias(slot: Slot | None, cut: tuple[int, int, int] | None = None) -> Weight 
     if slot is None:
         return None
     w = slot.weight
+    if cut is not None and w.cut is not None:
+        raise refuse("MC301", "a slice of a sliced bias")
     taken = w.cut if cut is None else ("w0", *cut)
     leaves = w.leaves or (w.leaf,)
     return Weight(tuple(Handle(leaf, taken) for leaf in leaves), not w.leaves)

@@ -9,7 +9,7 @@ from torch import fx
 
 from ..canonical import shape_of, value
 from ..spec import Experts, MoE
-from .engine import Engine, aten
+from .engine import Engine, aten, holds_ids
 from .expert import experts_of
 from .facts import Gate, Leaf, Part, RouterWeight, Slot, Sum, Val, refuse, same
 from .routing import top_k
@@ -50,7 +50,7 @@ def build(engine: Engine, output: fx.Node, total: Sum, form: str) -> Found:
     _sizes(engine, val, ids, router, experts, output)
     if weighted_input:
         _weighted_input_is_exact(val, experts, output)
-    if total.needs or any(_needs_distinct(p) for p in total.parts):
+    if total.needs or any(_needs_distinct(p, weighted_input) for p in total.parts):
         _prove_distinct(engine, ids, output)
     if router is not None and router.dense:
         prove_range(engine, ids, shape_of(router.leaf.node)[-1], output)
@@ -235,8 +235,11 @@ def _router_weight(total: Sum, node: fx.Node) -> RouterWeight | None:
     return found.pop()
 
 
-def _needs_distinct(part: Part) -> bool:
+def _needs_distinct(part: Part, weighted_input: bool) -> bool:
     gate = _gate_of(part)
+    if weighted_input and (part.val.rows is None or part.val.rows.kind == "hit_token"):
+        # One run of the expert on the input times all its weights: a run per slot is something else.
+        return all(s.weight.source != "ids" for s in part.val.slots)
     if gate is None:
         return part.val.rows is not None and part.val.rows.kind == "hit_token"
     return gate.distinct
@@ -279,7 +282,7 @@ def _weighted_input_is_exact(val: Val, experts: Experts, node: fx.Node) -> None:
 
 
 def _prove_distinct(engine: Engine, ids: Leaf, node: fx.Node) -> None:
-    if same(top_k(engine, ids), 1) or chosen_from(engine, ids.node) is not None:
+    if same(top_k(engine, ids), 1) or chosen_from(engine, ids.node, whole_rows=True) is not None:
         return
     raise refuse("MC207", "a token may name one expert twice: the ids do not come from a top-k", node)
 
@@ -299,11 +302,19 @@ _THROUGH = (
 )  # fmt: skip
 
 
-def chosen_from(engine: Engine, node: fx.Node) -> Any:
-    """Number of scores that the ids were chosen from (top-k, sort or argmax over the last dimension), or None."""
+def chosen_from(engine: Engine, node: fx.Node, whole_rows: bool = False) -> Any:
+    """Number of scores that the ids were chosen from (top-k, sort or argmax over the last dimension), or None.
+
+    ``whole_rows``: every row of ids is one choice. Two choices side by side (``topk`` over two heads, then
+    ``view(T, 2 * K)``) may name one expert twice.
+    """
     while node.target in _THROUGH:
         inner = node.args[0]
         assert isinstance(inner, fx.Node)
+        if engine.version(node):
+            return None  # a write may name any expert
+        if not holds_ids(node) or (whole_rows and not same(shape_of(node)[-1], shape_of(inner)[-1])):
+            return None
         node = inner
     if node.target is aten.slice.Tensor or node.target is aten.narrow.default:
         inner = node.args[0]
@@ -312,6 +323,8 @@ def chosen_from(engine: Engine, node: fx.Node) -> Any:
         if dim not in (-1, len(shape_of(inner)) - 1):
             return None
         node = inner
+    if engine.version(node):
+        return None
     if node.target in (aten.argmax.default, aten.argmin.default, aten.argsort.default, aten.argsort.stable):
         source, dim = node.args[0], (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim"))
     else:

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from ..canonical import shape_of, value
-from .engine import Engine, Rules, argument, aten, is_float, is_integer, normal_dim, rank
+from .engine import Engine, Rules, argument, aten, is_float, is_ids, is_integer, normal_dim, rank
 from .facts import (
     Atom,
     Dim,
@@ -45,7 +45,7 @@ def ids_dims(engine: Engine, node: fx.Node) -> tuple[Leaf, Dims] | None:
 
     def base(en: Engine, leaf: fx.Node) -> Ids | None:
         shape = shape_of(leaf)
-        if not shape:
+        if not shape or not is_ids(en.strip(leaf)):
             return None
         if len(shape) == 1:
             return Ids(token_dims(shape), en.leaf(leaf))

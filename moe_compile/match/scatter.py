@@ -164,7 +164,8 @@ def _combine_matrix(engine: Engine, node: fx.Node, target: fx.Node, where: Any, 
     if found is None or filled.number != 0 or not isinstance(src, fx.Node) or engine.fact(src) is not None:
         return None
     leaf, dims = found
-    if len(shape) != 2 or len(dims) != 2 or shape_of(src) != shape_of(second) or not is_float(src):
+    values = (*(1 for _ in range(2 - rank(src))), *shape_of(src))  # one token's weights may come as [K]
+    if len(shape) != 2 or len(dims) != 2 or values != shape_of(second) or not is_float(src):
         return None
     out = (dims[0], (Atom("e", shape[1]),))
     adds = bool(argument(node, 3, "accumulate", False))

@@ -46,7 +46,8 @@ def lift(engine: Engine, node: fx.Node, base: Any) -> Any:
     if known is not None and not is_opaque(known):
         return known
     source = node.args[0] if node.args else None
-    if node.target in _PEELED and isinstance(source, fx.Node) and (known is None or is_opaque(engine.fact(source))):
+    peeled = node.target in _PEELED and isinstance(source, fx.Node) and engine.unchanged(node)
+    if peeled and isinstance(source, fx.Node) and (known is None or is_opaque(engine.fact(source))):
         inner = lift(engine, source, base)
         if inner is not None and not isinstance(inner, list):
             engine.facts[source], before = inner, engine.facts.get(source)
@@ -298,7 +299,9 @@ def is_pointwise(target: Any) -> bool:
 def pointwise(engine: Engine, node: fx.Node) -> Any:
     """An elementwise operation on expert values (all on the same rows), numbers and nothing else."""
     vals: list[Val] = []
-    for arg in (*node.args, *node.kwargs.values()):
+    if any(isinstance(arg, (fx.Node, list, tuple)) for arg in node.kwargs.values()):
+        return None
+    for arg in node.args:
         if isinstance(arg, fx.Node):
             fact = engine.fact(arg)
             if not isinstance(fact, Val):

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..canonical import shape_of, value
-from .engine import FLOATS, Engine, Rules, argument, aten, normal_dim
+from ..canonical import known_size, shape_of, value
+from .engine import FLOATS, Engine, Rules, argument, aten, holds_ids, normal_dim
 from .facts import (
     Atom,
     Coordinates,
@@ -19,6 +19,7 @@ from .facts import (
     Fact,
     Filled,
     Gate,
+    Ids,
     Range,
     Sum,
     Val,
@@ -48,7 +49,11 @@ def cast(engine: Engine, node: fx.Node) -> Fact | None:
     if not isinstance(out, torch.Tensor):
         return None
     if isinstance(fact, (Val, Sum)):
-        return fact if out.dtype in FLOATS else None
+        x = fact.x if isinstance(fact, Val) else fact.parts[0].val.x
+        narrow = out.dtype is torch.float16 and value(x.node).dtype is not torch.float16  # 1e5 would become infinite
+        return fact if out.dtype in FLOATS and not narrow else None
+    if isinstance(fact, Ids):
+        return fact if holds_ids(node) else None
     if isinstance(fact, Wt):  # weights in another precision are other weights
         return fact if out.dtype == value(node.args[0]).dtype else None  # type: ignore[arg-type]
     if isinstance(fact, Gate):
@@ -251,7 +256,7 @@ def _pieces(node: fx.Node) -> list[tuple[int, int]] | None:
         return None
     at, out = 0, []
     for piece in outs:
-        width = 1 if node.target is aten.unbind.int else piece.shape[dim]
+        width = 1 if node.target is aten.unbind.int else known_size(piece.shape[dim])
         if not isinstance(width, int):
             return None
         out.append((at, at + width))

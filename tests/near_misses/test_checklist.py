@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from bases import BASES, LOOPS, MODULES, BoolMask, Dense, Gathered, StackGather, Where, tokens
+from moe_compile.patterns._examples import GatedMLP, Layer
 from mutators import EQUAL, Case, check, override, wrap
 from support import assert_accurate, relative, rewritten
+from torch import nn
 from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint

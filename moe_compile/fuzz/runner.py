@@ -1,0 +1,108 @@
+"""Many cases: drawing, worker processes, and what the results add up to."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import multiprocessing
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from .axes import AXES, Case, draw
+from .judge import Verdict, judge
+from .mutations import applicable, mutated
+from .source import source_of
+
+RECYCLE = 150  # cases per worker process: Dynamo keeps some memory of every program
+
+
+def case_of(seed: int, negative: bool = False, loops: bool = False) -> Case:
+    """The case of a seed; with ``negative`` one of the mutations that fit its text."""
+    case = draw(seed, loops)
+    if not negative:
+        return case
+    source = source_of(case)
+    fitting = [name for name in applicable(source) if _compiles(mutated(source, name))]
+    return replace(case, mutation=fitting[seed % len(fitting)]) if fitting else case
+
+
+def _compiles(source: str) -> bool:
+    try:
+        compile(source, "mutated", "exec")
+    except SyntaxError:
+        return False
+    return True
+
+
+def quiet() -> None:
+    """A worker of its own: one thread, and no log lines about programs that are meant to be odd."""
+    torch.set_num_threads(1)
+    for name in ("moe_compile", "torch._dynamo", "torch._subclasses", "torch.fx"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def run(cases: Iterable[Case], workers: int = 1, total: int | None = None) -> Iterator[Verdict]:
+    """Judge cases here (``workers`` 0) or in spawned processes; a line on stderr counts them."""
+    start, done = time.monotonic(), Counter[str]()
+    if workers:
+        pool = multiprocessing.get_context("spawn").Pool(workers, quiet, maxtasksperchild=RECYCLE)
+        verdicts: Iterator[Verdict] = pool.imap_unordered(judge, cases)
+    else:
+        pool, verdicts = None, map(judge, cases)
+    try:
+        for n, verdict in enumerate(verdicts, 1):
+            done[verdict.kind] += 1
+            counts = ", ".join(f"{kind} {count}" for kind, count in sorted(done.items()))
+            sys.stderr.write(f"\r{n}/{total or '?'} programs in {time.monotonic() - start:.0f} s: {counts} ")
+            yield verdict
+        sys.stderr.write("\n")
+        if pool is not None:
+            pool.close()
+            pool.join()
+    finally:
+        if pool is not None:
+            pool.terminate()
+
+
+def summary(verdicts: list[Verdict]) -> dict[str, Any]:
+    """Counts per axis value, pair coverage, match rate, and every failure with its seed."""
+    kinds = Counter(v.kind for v in verdicts)
+    values: dict[str, Counter[str]] = defaultdict(Counter)
+    pairs: set[tuple[Any, ...]] = set()
+    for v in verdicts:
+        axes = v.case.axes()
+        for axis, value in axes.items():
+            values[axis][str(value)] += 1
+        named = [(axis, axes[axis]) for axis in AXES if axis != "style"]
+        pairs.update(itertools.combinations(named, 2))
+    misses: dict[str, list[int]] = defaultdict(list)
+    for v in verdicts:
+        if v.kind == "miss":
+            misses[f"{','.join(sorted(set(v.codes))) or 'none'} {v.case.form}"].append(v.case.seed)
+    judged = [v for v in verdicts if v.kind in ("ok", "miss") and v.case.mutation == "none"]
+    matched = [v for v in judged if v.kind == "ok"]
+    return {
+        "programs": len(verdicts),
+        "verdicts": dict(kinds),
+        "match_rate": len(matched) / len(judged) if judged else None,
+        "values": {axis: dict(counts) for axis, counts in values.items()},
+        "pair_coverage": _pair_coverage(pairs),
+        "misses": dict(sorted(misses.items(), key=lambda item: -len(item[1]))),
+        "failures": [v.to_dict() for v in verdicts if v.kind in ("wrong", "crash")],
+        "invalid": [(v.case.seed, v.detail) for v in verdicts if v.kind == "invalid"],
+    }
+
+
+def _pair_coverage(seen: set[tuple[Any, ...]]) -> float:
+    """Share of the pairs of axis values, of all that valid cases can reach, that were drawn."""
+    reachable: set[tuple[Any, ...]] = set()
+    for seed in range(4_000):
+        axes = draw(seed).axes()
+        reachable.update(itertools.combinations([(axis, axes[axis]) for axis in AXES if axis != "style"], 2))
+    return len(seen & reachable) / len(reachable)

@@ -1,0 +1,174 @@
+"""Programs that were once rewritten into something else, and their neighbours: each keeps its own meaning."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from moe_compile.patterns._examples import Layer
+from support import relative, rewritten
+from torch.nn import functional as F
+
+
+class Stacks(Layer):
+    """Stacked weights; ``forward`` of the subclasses is what is tested."""
+
+    def __init__(self, **sizes):
+        super().__init__(**sizes)
+        self.w13, self.b13 = self.stack(2 * self.inter, self.hidden), self.stack(2 * self.inter + 5)
+        self.w1, self.w3 = self.stack(self.inter, self.hidden), self.stack(self.inter, self.hidden)
+        self.w2 = self.stack(self.hidden, self.inter)
+
+    def routed(self, x):
+        return self.router(x)
+
+    def expert(self, e, x):
+        return F.linear(F.relu(F.linear(x, self.w1[e])), self.w2[e])
+
+    def gate(self, w, ids, e):
+        return (w * (ids == e)).sum(-1, keepdim=True)
+
+    def after(self, e, w, ids):
+        """What happens behind expert e."""
+
+    def forward(self, x):
+        w, ids = self.routed(x)
+        out = torch.zeros_like(x)
+        for e in range(self.experts):
+            out = out + self.gate(w, ids, e) * self.expert(e, x)
+            self.after(e, w, ids)
+        return out
+
+
+class Scattered(Stacks):
+    """The weights of ``routed`` scattered to ``[T, E]``."""
+
+    def forward(self, x):
+        w, ids = self.routed(x)
+        dense = torch.zeros(x.shape[0], self.experts).scatter(1, ids, w)
+        out = torch.zeros_like(x)
+        for e in range(self.experts):
+            out = out + dense[:, e, None] * self.expert(e, x)
+        return out
+
+
+class SliceOfABias(Stacks):
+    """The bias is a slice, and its second half belongs to the gate."""
+
+    def expert(self, e, x):
+        h = F.linear(x, self.w13[e]) + self.b13[e][3 : 3 + 2 * self.inter]
+        up, gate = h.chunk(2, -1)
+        return F.linear(F.silu(gate) * up, self.w2[e])
+
+
+class WeightsWrittenThroughAView(Stacks):
+    def routed(self, x):
+        w, ids = self.router(x)
+        w = w.clone()
+        self.first = w[:, 0]
+        return w, ids
+
+    def after(self, e, w, ids):
+        if e == 1:
+            self.first.mul_(3)
+
+
+class IdsWrittenThroughAView(Stacks):
+    def routed(self, x):
+        w, ids = self.router(x)
+        ids = ids.clone()
+        self.first = ids[:, 0]
+        return w, ids
+
+    def after(self, e, w, ids):
+        if e == 1:
+            self.first.sub_(2)
+
+
+class IdsOverwritten(Scattered):
+    """After the write a token names expert 0 twice: ``scatter`` keeps one weight."""
+
+    def routed(self, x):
+        w, ids = self.router(x)
+        ids = ids.clone()
+        ids[:, 0] = 0
+        return w, ids
+
+
+class TwoHeads(Scattered):
+    """Two choices of one expert each, side by side: they may be the same expert."""
+
+    def routed(self, x):
+        scores = torch.cat([self.router.gate(x), self.router.gate(x.flip(-1))], -1).view(-1, self.experts)
+        w, ids = scores.softmax(-1).topk(1, -1)
+        return w.reshape(-1, 2), ids.reshape(-1, 2)
+
+
+class IdsAsTruth(Stacks):
+    def gate(self, w, ids, e):
+        return (w * (ids.bool().long() == e)).sum(-1, keepdim=True)
+
+
+class OverflowInside(Stacks):
+    def expert(self, e, x):
+        h = (F.linear(x, self.w1[e]) * 300).to(torch.float16) * 300
+        return F.linear(h.to(x.dtype).clamp(-1e30, 1e30), self.w2[e])
+
+
+class LimitThatIsATensor(Stacks):
+    def expert(self, e, x):
+        return F.linear(torch.clamp(F.linear(x, self.w1[e]), max=F.linear(x, self.w3[e])), self.w2[e])
+
+
+class CopyBeforeAWrite(Stacks):
+    """The experts read a copy; what it was copied from is written afterwards."""
+
+    def forward(self, x):
+        x = x * 1.0
+        kept = x.clone()
+        w, ids = self.router(x)
+        x.mul_(2)
+        y = torch.bmm(F.relu(torch.bmm(kept.unsqueeze(0).expand(self.experts, -1, -1), self.w1.mT)), self.w2.mT)
+        dense = torch.zeros(x.shape[0], self.experts).scatter(1, ids, w)
+        return (y * dense.t().unsqueeze(-1)).sum(0) + x
+
+
+class CopyWritten(Stacks):
+    def forward(self, x):
+        kept = x.clone()
+        kept[:, 0] = 5.0
+        w, ids = self.router(x)
+        y = torch.bmm(F.relu(torch.bmm(kept.unsqueeze(0).expand(self.experts, -1, -1), self.w1.mT)), self.w2.mT)
+        dense = torch.zeros(x.shape[0], self.experts).scatter(1, ids, w)
+        return (y * dense.t().unsqueeze(-1)).sum(0)
+
+
+class CombineMatrixWritten(Stacks):
+    def forward(self, x):
+        w, ids = self.router(x)
+        dense = torch.zeros(x.shape[0], self.experts).scatter(1, ids, w)
+        dense[:, 1].mul_(2)
+        out = torch.zeros_like(x)
+        for e in range(self.experts):
+            out = out + dense[:, e, None] * self.expert(e, x)
+        return out
+
+
+REWRITTEN = (LimitThatIsATensor, CopyBeforeAWrite, CopyWritten, IdsAsTruth)
+REFUSED = (
+    SliceOfABias, WeightsWrittenThroughAView, IdsWrittenThroughAView, IdsOverwritten, TwoHeads, OverflowInside,
+    CombineMatrixWritten,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("layer_class", REWRITTEN + REFUSED)
+@pytest.mark.parametrize("tokens", [6, 4])
+def test_keeps_its_meaning(layer_class, tokens):
+    torch.manual_seed(0)
+    layer = layer_class(hidden=16, inter=16, experts=4, top_k=2).eval()
+    x = torch.randn(tokens, 16)
+    with torch.no_grad():
+        original = layer(x)
+    outcome = rewritten(layer, x)
+    assert relative(outcome.out, original) < 1e-6
+    ended = {"experts.default", "combine.default"} & set(outcome.ops)
+    assert bool(ended) == (layer_class in REWRITTEN), outcome.sites
