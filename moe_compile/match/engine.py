@@ -18,7 +18,7 @@ from torch import fx
 from ..canonical import Canonical, shape_of, tensor_inputs, value
 from ..spec import NoMatch
 from ..torch_compat import statically_true
-from .facts import Ids, Leaf, Sum, Val
+from .facts import Ids, Leaf, Sum, Val, same
 
 Rule = Callable[["Engine", fx.Node], Any]
 Rules = Mapping[Any, Rule]
@@ -250,6 +250,8 @@ class Engine:
         """``leaf`` of what lies under views that keep the row-major order: the lowering reshapes anyway."""
         while isinstance(source := node.args[0] if node.args else None, fx.Node):
             whole = node.target is aten.slice.Tensor and shape_of(node) == shape_of(source)
+            if node.target is aten.select.int:  # the only index of a dimension
+                whole = same(shape_of(source)[int(node.args[1])], 1)  # type: ignore[arg-type]
             if (node.target not in _FLAT_VIEWS and not whole) or not self.unchanged(node):
                 break
             node = source

@@ -11,7 +11,7 @@ import torch._dynamo
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from moe_compile.patterns import FORMS, grouped_mm, name_of
+from moe_compile.patterns import FORMS, index_add_loop, name_of
 from support import FixedRouter, assert_accurate
 
 import moe_compile
@@ -94,7 +94,7 @@ def test_cuda_graphs_follow_the_routing():
 def test_weights_are_not_copied():
     """A compiled ModuleList layer holds one copy of its weights, and sees them change in place."""
     torch._dynamo.reset()
-    layer = FORMS[1].EXAMPLES[0](hidden=512, inter=1024, experts=16, top_k=2).cuda().bfloat16().eval()
+    layer = index_add_loop.WhereIndexAdd(hidden=512, inter=1024, experts=16, top_k=2).cuda().bfloat16().eval()
     x = torch.randn(8, 512, device="cuda", dtype=torch.bfloat16)
     bytes_of_weights = sum(p.numel() * p.element_size() for p in layer.parameters())
     with torch.no_grad():
