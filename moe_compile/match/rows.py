@@ -61,16 +61,24 @@ def _nonzero(engine: Engine, node: fx.Node) -> Any:
         return None
     out: list[Any] = []
     for dim in gate.dims:
-        label = names((dim,))[0]
-        what = "slot" if label == ("k",) else "token" if label and label[0].startswith("t") else "zero"
-        if len(label) > 1:
-            what = "pair" if token_major(gate.dims) and len(rows.order[0]) == len(label) else "other"
-        if what == "other" or (what == "token" and sum(is_token(d) for d in gate.dims) > 1):
+        what = _coordinate(names((dim,))[0], rows.order[0], token_major(gate.dims))
+        if what is None:
             return None
         out.append(Index(((Atom("r", _count(node)),),), rows, what))
     if node.target is aten.nonzero.default:
         return Coordinates(((Atom("r", _count(node)),), ()), tuple(out))
     return out
+
+
+def _coordinate(label: tuple[str, ...], every: tuple[str, ...], ordered: bool) -> str | None:
+    """What the index vector of a mask's dimension ``label`` counts, ``every`` being the labels of the whole mask."""
+    if not label:
+        return "zero"
+    if label == ("k",):
+        return "slot"
+    if label == tuple(name for name in every if name != "k"):
+        return "token"  # all tokens in one dimension
+    return "pair" if ordered and label == every else None
 
 
 def _count(node: fx.Node) -> Any:
@@ -253,7 +261,7 @@ def _pair_weight(engine: Engine, node: fx.Node, source: fx.Node, token: Index, s
     tail = shape[2:]
     if not is_float(source) or len(shape) < 2 or any(not same(s, 1) for s in tail):
         return None
-    if not same(shape[1], top_k(engine, ids)) or not same(shape[0], shape_of(ids.node)[0]):
+    if not same(shape[1], top_k(engine, ids)) or not same(shape[0], token_count(engine, ids)):
         return None
     dims = (token.dims[0], *(() for _ in tail))
     weight = RouterWeight(engine.flat_leaf(source))
