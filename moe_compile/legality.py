@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from .canonical import placeholder_value, shape_of, tensor_inputs, value
-from .match.engine import Engine, aten, writes, written
+from .match.engine import VIEWS, Engine, aten, keeps_order, writes, written
 from .match.facts import Filled, Leaf, Picked, Sum, Val, refuse
 from .match.layer import Found
 
@@ -18,11 +18,11 @@ _COMPARISONS = ("ge", "le", "gt", "lt", "eq", "ne", "and_", "mul", "add", "sub",
 
 @dataclass(frozen=True)
 class Region:
-    """The canonical nodes that a layer replaces; ``writes`` are its in-place steps on ``buffer``."""
+    """The canonical nodes that a layer replaces; ``buffer`` and ``aliases`` hold the result after the layer too."""
 
     nodes: frozenset[fx.Node]
-    writes: tuple[fx.Node, ...]
     buffer: fx.Node
+    aliases: tuple[fx.Node, ...]
 
 
 def region_of(engine: Engine, found: Found) -> Region:
@@ -38,8 +38,9 @@ def region_of(engine: Engine, found: Found) -> Region:
     _nothing_used_outside(engine, found, nodes)
     _no_mode_changes(engine, found, nodes)
     _no_gradients(engine, found)
-    steps = tuple(n for n in nodes if writes(n.target))
-    return Region(frozenset(nodes), steps, engine.base(found.output))
+    base = engine.base(found.output)
+    aliases = (n for n in (base, *engine.views(base)) if n in nodes and n is not found.output and _whole(n, base))
+    return Region(frozenset(nodes), base, tuple(aliases))
 
 
 def between(engine: Engine, output: fx.Node, border: set[fx.Node]) -> set[fx.Node]:
@@ -51,7 +52,8 @@ def between(engine: Engine, output: fx.Node, border: set[fx.Node]) -> set[fx.Nod
         if node in seen or node in border or node.op in ("placeholder", "get_attr"):
             continue
         seen.add(node)
-        if not isinstance(engine.first_facts.get(node), Filled) or writes(node.target):
+        fresh = isinstance(engine.first_facts.get(node), Filled) and node.target not in VIEWS
+        if not fresh or writes(node.target):
             todo.extend(tensor_inputs(node))
     return seen
 
@@ -85,23 +87,42 @@ def _nothing_used_outside(engine: Engine, found: Found, nodes: set[fx.Node]) -> 
                 raise refuse("MC203", f"{node.name}, inside the layer, is also used by {user.name}", user)
             if writes(node.target):
                 raise refuse("MC204", f"{node.name} is written in place and used outside the layer", user)
-    _buffers_are_not_seen(engine, nodes, base)
-    for view in engine.views(base):
-        if view not in nodes and engine.position[view] < end and any(engine.position[u] > end for u in view.users):
-            raise refuse("MC204", f"{view.name} looks into the layer's output while it is being built", view)
+    _buffers_are_not_seen(engine, nodes, found.output)
 
 
 def _buffers_are_not_seen(engine: Engine, nodes: set[fx.Node], output: fx.Node) -> None:
-    """A buffer that is written inside is not read outside after that, by another view of it: the writes go away."""
+    """What is written inside belongs to the layer: no view from outside sees it, for the writes go away.
+
+    The result's own buffer may be read after the layer, as a whole: it is replaced there.
+    """
     first: dict[fx.Node, int] = {}
     for node in nodes:
-        if writes(node.target) and (base := engine.base(node)) is not output:
+        if writes(node.target):
+            base = engine.base(node)
             first[base] = min(engine.position[node], first.get(base, engine.position[node]))
-    for base, at in first.items():
-        for view in (base, *engine.views(base)):
+    end = engine.position[output]
+    for base, start in first.items():
+        if base.op != "call_function":
+            raise refuse("MC204", f"{base.name}, an input of the graph, is written inside the layer", output)
+        views = [base, *engine.views(base)]
+        result = base is engine.base(output)
+        for view in views:
+            if view is output or (result and engine.position[view] > end):
+                continue
             for user in view.users:
-                if user not in nodes and engine.position[user] > at and not is_size_check(user):
-                    raise refuse("MC204", f"{view.name} looks into a buffer that is written inside the layer", user)
+                at = engine.position[user]
+                if user in nodes or user in views or at < start or is_size_check(user):
+                    continue
+                if result and at > end and _whole(view, base) and value(view).dtype == value(output).dtype:
+                    continue
+                raise refuse("MC204", f"{view.name} looks into a buffer that is written inside the layer", user)
+
+
+def _whole(node: fx.Node, base: fx.Node) -> bool:
+    """Whether a node is its buffer after writes, possibly through views that keep all of it in order."""
+    while node is not base and (writes(node.target) or keeps_order(node)):
+        node = node.args[0]  # type: ignore[assignment]
+    return node is base
 
 
 def _is_heavy(node: fx.Node) -> bool:

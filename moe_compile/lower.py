@@ -13,7 +13,7 @@ from . import ops as ops  # the calls made here need the ops to be registered
 from .canonical import Canonical, shape_of, value
 from .legality import Region, is_size_check
 from .loops import marks
-from .match.engine import writes, written
+from .match.engine import writes
 from .match.expert import Handle
 from .match.facts import Leaf, refuse, same
 from .match.layer import Found
@@ -28,7 +28,7 @@ class Plan:
     output: fx.Node
     leaves: dict[Leaf, fx.Node]
     dead: list[fx.Node]
-    aliases: list[fx.Node]
+    aliases: dict[fx.Node, Any]  # nodes that hold the result after the layer -> their shape
 
 
 def plan(copy: Canonical, found: Found, region: Region) -> Plan:
@@ -43,10 +43,10 @@ def plan(copy: Canonical, found: Found, region: Region) -> Plan:
     for leaf, node in leaves.items():
         if order[node] >= order[output]:
             raise refuse("MC212", f"{leaf.node.name} comes after the layer's output", leaf.node)
-    aliases = [output]
-    for step in [region.buffer, *region.writes]:
-        if step in region.nodes and step is not found.output and written(step) is region.buffer:
-            aliases += copy.origins.get(step, [])
+    aliases = {output: shape_of(found.output)}
+    for alias in region.aliases:
+        aliases |= dict.fromkeys(copy.origins.get(alias, []), shape_of(alias))
+        shape_is_restorable(found, shape_of(alias))
     border = set(leaves.values())
     inside = {
         o
@@ -85,10 +85,12 @@ def lower(p: Plan) -> fx.Node:
         if found.base is not None:
             result = cursor.call(torch.add, (p.leaves[found.base], result))
     new = cursor.made
-    for alias in dict.fromkeys(p.aliases):
-        for user in list(alias.users):
-            if user not in new and before[user] > end:
-                user.replace_input_with(alias, result)
+    for alias, shape in p.aliases.items():
+        later = [user for user in alias.users if user not in new and before[user] > end]
+        alike = _alike(shape, shape_of(found.output))  # else the layer wrote through a flat view of this buffer
+        value = result if alike or not later else _shaped(cursor, result, shape, p)
+        for user in later:
+            user.replace_input_with(alias, value)
     _erase(graph, p, new)
     return result
 
@@ -131,18 +133,26 @@ def _call(c: _Cursor, p: Plan) -> fx.Node:
         )
     else:
         out = _custom(c, p, flat, ids, weights, (w1, w3, w2, b1, b3, b2))
-    if len(out_shape) == 2:
-        return out
-    if len(out_shape) == len(x_shape) and all(same(a, b) for a, b in zip(out_shape, x_shape, strict=True)):
-        return c.call(torch.Tensor.view_as, (out, x))
-    return c.call(torch.reshape, (out, tuple(s if isinstance(s, int) else -1 for s in out_shape)))
+    return out if len(out_shape) == 2 else _shaped(c, out, out_shape, p)
 
 
-def shape_is_restorable(found: Found) -> None:
+def _shaped(c: _Cursor, result: fx.Node, shape: Any, p: Plan) -> fx.Node:
+    """The result ``[T, H]`` in another shape of as many elements; ``shape_is_restorable`` was asked before."""
+    hidden = p.found.moe.hidden_states
+    if _alike(shape, shape_of(hidden.node)):
+        return c.call(torch.Tensor.view_as, (result, p.leaves[hidden]))
+    return c.call(torch.reshape, (result, tuple(s if isinstance(s, int) else -1 for s in shape)))
+
+
+def _alike(a: Any, b: Any) -> bool:
+    return len(a) == len(b) and all(same(p, q) for p, q in zip(a, b, strict=True))
+
+
+def shape_is_restorable(found: Found, shape: Any = None) -> None:
     """Refuse an output whose shape is not that of the hidden states, nor ``[T, H]``, nor known but for one size."""
-    x_shape, out_shape = shape_of(found.moe.hidden_states.node), shape_of(found.output)
-    alike = len(out_shape) == len(x_shape) and all(same(a, b) for a, b in zip(out_shape, x_shape, strict=True))
-    if len(out_shape) != 2 and not alike and sum(not isinstance(s, int) for s in out_shape) > 1:
+    x_shape, out_shape = shape_of(found.moe.hidden_states.node), shape or shape_of(found.output)
+    unknown = sum(not isinstance(s, int) for s in out_shape)
+    if len(out_shape) != 2 and not _alike(out_shape, x_shape) and unknown > 1:
         raise refuse(
             "MC207", f"the result has shape {tuple(out_shape)}, the hidden states {tuple(x_shape)}", found.output
         )

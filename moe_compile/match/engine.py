@@ -314,12 +314,17 @@ class Engine:
 
 def under_flat_views(node: fx.Node) -> fx.Node:
     """What lies under views that keep every element in row-major order."""
-    while node.args and isinstance(source := node.args[0], fx.Node):
-        one = node.target is aten.select.int and statically_true(shape_of(source)[node.args[1]] == 1)  # type: ignore[index]
-        if not one and node.target not in _FLAT_VIEWS:
-            break
-        node = source
+    while keeps_order(node):
+        node = node.args[0]  # type: ignore[assignment]
     return node
+
+
+def keeps_order(node: fx.Node) -> bool:
+    """Whether a node has every element of its first argument in the same row-major order."""
+    source = node.args[0] if node.args else None
+    if node.target is aten.select.int and isinstance(source, fx.Node):
+        return bool(statically_true(shape_of(source)[node.args[1]] == 1))  # type: ignore[index]
+    return node.target in _FLAT_VIEWS and isinstance(source, fx.Node)
 
 
 def ids_of(fact: Any) -> Leaf | None:

@@ -9,12 +9,11 @@ from torch import fx
 
 from ..canonical import shape_of, value
 from . import gathered
-from .engine import Engine, Rules, argument, aten, ids_of, is_float, normal_dim, rank
+from .engine import Engine, Rules, argument, aten, ids_of, normal_dim, rank
 from .facts import (
     Atom,
     Coordinates,
     Dim,
-    Dims,
     Filled,
     Gate,
     Ids,
@@ -22,7 +21,6 @@ from .facts import (
     Inverse,
     Picked,
     Range,
-    RouterWeight,
     Rows,
     SortedIds,
     Sum,
@@ -33,13 +31,13 @@ from .facts import (
     names,
     refuse,
     same,
-    size_of,
 )
 from .gathered import all_by_ids, by_ids, is_token_range
 from .pairs import names_pair, token_major
 from .routing import as_router_weight, token_count, top_k
-from .slots import dense_column, of_one_slot, root_of
-from .values import lift, x_leaf, x_rows
+from .row_weights import flat_weight, lines_up, pair_weight, token_weight
+from .slots import root_of
+from .values import x_rows
 
 
 def rows_of_mask(gate: Gate) -> Rows | None:
@@ -61,16 +59,24 @@ def _nonzero(engine: Engine, node: fx.Node) -> Any:
         return None
     out: list[Any] = []
     for dim in gate.dims:
-        label = names((dim,))[0]
-        what = "slot" if label == ("k",) else "token" if label and label[0].startswith("t") else "zero"
-        if len(label) > 1:
-            what = "pair" if token_major(gate.dims) and len(rows.order[0]) == len(label) else "other"
-        if what == "other" or (what == "token" and sum(is_token(d) for d in gate.dims) > 1):
+        what = _coordinate(names((dim,))[0], rows.order[0], token_major(gate.dims))
+        if what is None:
             return None
         out.append(Index(((Atom("r", _count(node)),),), rows, what))
     if node.target is aten.nonzero.default:
         return Coordinates(((Atom("r", _count(node)),), ()), tuple(out))
     return out
+
+
+def _coordinate(label: tuple[str, ...], every: tuple[str, ...], ordered: bool) -> str | None:
+    """What the index vector of a mask's dimension ``label`` counts, ``every`` being the labels of the whole mask."""
+    if not label:
+        return "zero"
+    if label == ("k",):
+        return "slot"
+    if label == tuple(name for name in every if name != "k"):
+        return "token"  # all tokens in one dimension
+    return "pair" if ordered and label == every else None
 
 
 def _count(node: fx.Node) -> Any:
@@ -143,7 +149,7 @@ def _index(engine: Engine, node: fx.Node) -> Any:
     if len(where) == 2 and [i for i, _ in where] == [0, 1]:
         a, b = facts
         if isinstance(a, Index) and isinstance(b, Index) and names_token(engine, a) and names_slot(engine, b):
-            return _pair_weight(engine, node, source, a, b)
+            return pair_weight(engine, node, source, a, b)
         if isinstance(a, Index) and isinstance(b, Index):
             raise refuse("MC207", "the router weights are indexed [slot, token], expected [token, slot]", node)
         if isinstance(a, Index) != isinstance(b, Index) and is_float(source):
@@ -166,12 +172,12 @@ def _by_rows(engine: Engine, node: fx.Node, source: fx.Node, dim: int, index: In
             (index.dims[0], (Atom("f", shape_of(source)[-1]),)), engine.base(source), engine.version(source), index.rows
         )
     if dim == 0 and (index.what == "pair" or (index.what == "slot" and names_pair(engine, index))):
-        return _flat_weight(engine, node, source, index)
+        return flat_weight(engine, node, source, index)
     if not names_token(engine, index) or not same(shape_of(source)[dim], token_count(engine, index.rows.ids)):
         return None
     if isinstance(fact, Gate):
         return pick(fact, dim, index, node)
-    if dim == 0 and (picked := _token_weight(engine, source, index.rows, index.dims[0])) is not None:
+    if dim == 0 and (picked := token_weight(engine, source, index.rows, index.dims[0])) is not None:
         return picked
     val = x_rows(engine, source)
     return pick(val, dim, index, node) if val is not None else None
@@ -194,11 +200,11 @@ def _by_mask(engine: Engine, node: fx.Node, source: fx.Node, mask: Gate) -> Any:
         return None if weight is None else gate
     if isinstance(fact, Gate) and names(fact.dims[:n]) == names(mask.dims) and fact.rows is None:
         return replace(fact, dims=(row, *fact.dims[n:]), rows=rows)
-    if n == 1 and not isinstance(fact, Gate) and (picked := _token_weight(engine, source, rows, row)) is not None:
+    if n == 1 and not isinstance(fact, Gate) and (picked := token_weight(engine, source, rows, row)) is not None:
         return picked
     if not isinstance(fact, (Gate, Wt)):
         val = x_rows(engine, source)
-        if val is not None and _lines_up(val.dims[:n], mask.dims):
+        if val is not None and lines_up(val.dims[:n], mask.dims):
             return replace(val, dims=(row, *val.dims[n:]), rows=rows)
         if val is not None and not flat_names(val.dims) & {"k", "e", "r"}:
             raise refuse("MC207", "the mask picks rows that are not the tokens of its pairs", node)
@@ -209,77 +215,6 @@ def _accumulates(fact: Any, rows: Rows) -> bool:
     """Whether a sum is the one that rows of this routing are added to, not the value of an earlier layer."""
     ids = ids_of(fact)
     return ids is None or root_of(ids.node) is root_of(rows.ids.node)
-
-
-def _token_weight(engine: Engine, source: fx.Node, rows: Rows, row: Dim) -> Gate | None:
-    """``w[:, k][tokens]``, ``w[mask, k]``: the weight of the one slot; ``probs[mask, e]``: that of the expert."""
-    shape, tokens = shape_of(source), token_count(engine, rows.ids)
-    if not shape or not is_float(source) or any(not same(s, 1) for s in shape[1:]) or not same(shape[0], tokens):
-        return None
-    dims = (row, *(() for _ in shape[1:]))
-    weight = dense_column(engine, source, rows, tokens)
-    if weight is None and (engine.fact(source) is not None or not of_one_slot(rows, top_k(engine, rows.ids))):
-        return None
-    return Gate(
-        dims,
-        rows.ids,
-        weight=weight or RouterWeight(engine.flat_leaf(source)),
-        expert=rows.expert,
-        summed=True,
-        rows=rows,
-        slot=rows.slot,
-        distinct=rows.kind == "hit_token",
-    )
-
-
-def _lines_up(dims: Dims, mask: Dims) -> bool:
-    """Whether a value stands once per token of a mask, and is copied along its slots."""
-    tokens, copies = ([a for d in dims for a in d if (a.name == "*") is copied] for copied in (False, True))
-    counted, slots = ([a for d in mask for a in d if (a.name == "k") is slot] for slot in (False, True))
-    if len(copies) != len(slots) or not all(same(a.size, b.size) for a, b in zip(copies, slots, strict=True)):
-        return False
-    if not token_major(mask) or [a for d in dims for a in d] != [*tokens, *copies]:
-        return False  # copies of a token stand beside each other
-    if not all(a.name.startswith("t") for a in tokens):
-        return False
-    return same(size_of(tuple(tokens)), size_of(tuple(counted)))
-
-
-def _pair_weight(engine: Engine, node: fx.Node, source: fx.Node, token: Index, slot: Index) -> Any:
-    if token.rows != slot.rows:
-        raise refuse("MC207", "tokens and slots come from different masks", node)
-    if engine.fact(source) is not None and not isinstance(engine.fact(source), Val):
-        return None
-    shape = shape_of(source)
-    ids = token.rows.ids
-    tail = shape[2:]
-    if not is_float(source) or len(shape) < 2 or any(not same(s, 1) for s in tail):
-        return None
-    if not same(shape[1], top_k(engine, ids)) or not same(shape[0], shape_of(ids.node)[0]):
-        return None
-    dims = (token.dims[0], *(() for _ in tail))
-    weight = RouterWeight(engine.flat_leaf(source))
-    return Gate(dims, ids, weight=weight, expert=token.rows.expert, summed=True, rows=token.rows)
-
-
-def _flat_weight(engine: Engine, node: fx.Node, source: fx.Node, index: Index) -> Any:
-    """``w.view(-1)[order]``: the weight of each sorted pair; ``x`` repeated per pair likewise."""
-    fact = engine.fact(source)
-    if fact is None and is_float(source) and rank(source) <= 2 and all(same(s, 1) for s in shape_of(source)[1:]):
-        ids = index.rows.ids
-        k = top_k(engine, ids)
-        if same(shape_of(source)[0], token_count(engine, ids) * k):
-            dims = (index.dims[0], *(() for _ in shape_of(source)[1:]))
-            weight = RouterWeight(engine.flat_leaf(source))
-            return Gate(dims, ids, weight=weight, expert=index.rows.expert, summed=True, rows=index.rows)
-    val = fact if isinstance(fact, Val) and fact.expr == ("x",) else None
-    val = lift(engine, source, x_leaf) if fact is None else val
-    if isinstance(val, Val) and val.rows is None and len(val.dims) == 2:
-        label = val.dims[0]
-        k = top_k(engine, index.rows.ids)
-        if label and label[-1].name == "*" and same(label[-1].size, k) and all(a.name[0] == "t" for a in label[:-1]):
-            return replace(val, dims=(index.dims[0], val.dims[1]), rows=index.rows)
-    return None
 
 
 def _unsort(engine: Engine, node: fx.Node, source: fx.Node, inverse: Inverse) -> Any:

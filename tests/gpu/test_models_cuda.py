@@ -11,7 +11,7 @@ import torch._dynamo
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from moe_compile.patterns import FORMS, index_add_loop, name_of
+from moe_compile.patterns import FORMS, grouped_mm, index_add_loop, name_of
 from support import FixedRouter, assert_accurate
 
 import moe_compile

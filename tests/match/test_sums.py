@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import operator
 
@@ -191,3 +192,88 @@ def test_columns_for_ids_that_may_repeat_or_exceed(pick):
     assert outcome.ops == [] and outcome.codes == ["MC207"]
     with torch.no_grad():
         assert torch.equal(outcome.out, case(x, ids))
+
+
+class Flat(Base):
+    """Sums into a flat view of ``[B, S, H]``."""
+
+    def finish(self, out, flat):
+        return out
+
+    def between(self, out, flat, e):
+        pass
+
+    def forward(self, x):
+        rows = x.view(-1, x.shape[-1])
+        w, ids = self.router(rows)
+        out = torch.zeros_like(x)
+        flat = out.view(-1, x.shape[-1])
+        for e, mlp in enumerate(self.mlps):
+            token, slot = torch.where(ids == e)
+            flat.index_add_(0, token, mlp(rows[token]) * w[token, slot, None])
+            self.between(out, flat, e)
+        return self.finish(out, flat)
+
+
+def run_flat(**methods):
+    torch.manual_seed(0)
+    case, x = type("Case", (Flat,), methods)().eval(), torch.randn(2, 5, 32)
+    outcome = rewritten(case, x)
+    with torch.no_grad():
+        ours, original = outcome.out, case(x)
+    for mine, theirs in zip(*[(o if isinstance(o, tuple) else (o,)) for o in (ours, original)], strict=True):
+        assert mine.shape == theirs.shape and mine.dtype == theirs.dtype and relative(mine, theirs) < 1e-6
+    return outcome
+
+
+def test_the_buffer_under_the_view_is_replaced_too():
+    assert run_flat().ops == ["experts.default"]
+    assert run_flat(finish=lambda s, out, flat: (out * 2, flat + 1)).ops == ["experts.default"]
+
+
+@pytest.mark.parametrize(
+    "methods",
+    [
+        dict(finish=lambda s, out, flat: (flat.to(torch.float64), out * 1)),
+        dict(between=lambda s, out, flat, e: setattr(s, "seen", out.sum()) if e == 1 else None,
+             finish=lambda s, out, flat: (out, s.seen)),
+        dict(between=lambda s, out, flat, e: out.mul_(2) if e == 1 else None),
+    ],
+    ids=["cast beside the buffer", "read half-way", "scaled half-way"],
+)  # fmt: skip
+def test_what_else_sees_the_buffer(methods):
+    assert run_flat(**methods).ops in ([], ["experts.default"])
+
+
+class Buffered(Base):
+    """Scratch memory that is part of the module's state."""
+
+    def __init__(self, **sizes):
+        super().__init__(**sizes)
+        self.register_buffer("scratch", torch.zeros(7, self.hidden))
+        self.register_buffer("dense", torch.zeros(7, self.experts))
+
+
+def into_state(s, x, w, ids):
+    out = s.scratch.zero_()
+    for e, mlp in enumerate(s.mlps):
+        token, slot = torch.where(ids == e)
+        out.index_add_(0, token, mlp(x[token]) * w[token, slot, None])
+    return out * 2
+
+
+def dense_state(s, x, w, ids):
+    s.dense.zero_().scatter_(1, ids, w)
+    return sum(s.dense[:, e, None] * mlp(x) for e, mlp in enumerate(s.mlps))
+
+
+@pytest.mark.parametrize("add", [into_state, dense_state])
+def test_state_is_written_as_before(add):
+    torch.manual_seed(0)
+    case, x = type("Case", (Buffered,), {"add": add})().eval(), torch.randn(7, 32)
+    twin = copy.deepcopy(case)
+    outcome = rewritten(case, x)
+    assert outcome.ops == [] and outcome.codes == ["MC204"]
+    with torch.no_grad():
+        assert torch.equal(outcome.out, twin(x))
+    assert all(torch.equal(a, b) for a, b in zip(case.buffers(), twin.buffers(), strict=True))
