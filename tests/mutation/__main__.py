@@ -1,0 +1,165 @@
+"""Mutation test of the matcher: switch each guard off in turn, and some test must fail.
+
+    python -m tests.mutation [--only match.rows] [--tests tests/near_misses ..] [--json out.json]
+
+Run from the root of the repository. The score is killed / (all mutants less those of ``equivalent.py``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "tests"), str(Path(__file__).parent)]
+os.environ.setdefault("MOE_COMPILE_NEAR_MISSES", "all")
+
+from instrument import Finder, Mutant, Switch, is_matcher  # noqa: E402
+
+SWITCH = Switch()
+if any(is_matcher(name) for name in sys.modules):
+    raise RuntimeError("the matcher was imported before its guards could be put behind a switch")
+sys.meta_path.insert(0, Finder(SWITCH, is_matcher))
+
+import pytest  # noqa: E402
+import support  # noqa: E402
+from equivalent import EQUIVALENT  # noqa: E402
+from replay import Recorder  # noqa: E402
+
+import moe_compile.backend  # noqa: E402, F401
+
+TESTS = ("tests/near_misses", "tests/patterns", "tests/match")
+SECONDS = 60  # a replay that takes longer has lost its way, which a test would show
+
+
+class Collector:
+    """Keeps what pytest collects."""
+
+    items: list[Any] = []
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        self.items += items
+
+
+def collect(paths: list[str]) -> dict[str, Any]:
+    """The tests of ``paths`` that can be called again and again: no Inductor, no fixture but ``monkeypatch``."""
+    found = Collector()
+    with contextlib.redirect_stdout(io.StringIO()):
+        pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", *paths], plugins=[found])
+    out = {}
+    for item in found.items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        wanted = set(item.fixturenames) - set(params)
+        if wanted <= {"monkeypatch", "request"} and "inductor" not in item.name:
+            out[item.nodeid] = (item.obj, params, "monkeypatch" in wanted)
+    return out
+
+
+class Suite:
+    """The tests with their captures, how long each takes, and which guards speak in it."""
+
+    def __init__(self, tests: dict[str, Any]) -> None:
+        self.tests, self.recorder = tests, Recorder()
+        support.rewritten = self.recorder  # type: ignore[assignment]
+        self.hits: dict[str, set[int]] = {}
+        self.seconds: dict[str, float] = {}
+
+    def run(self, name: str) -> BaseException | None:
+        """What a test raises, or None."""
+        function, params, patches = self.tests[name]
+        self.recorder.start(name)
+        signal.alarm(SECONDS)
+        try:
+            if patches:
+                with pytest.MonkeyPatch.context() as patch:
+                    function(monkeypatch=patch, **params)
+            else:
+                function(**params)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # pytest's outcomes among them
+            return error
+        finally:
+            signal.alarm(0)
+        return None
+
+    def baseline(self) -> list[str]:
+        """Record every test, then replay it unchanged: what does not pass is of no use. Returns those."""
+        unfit = []
+        for name in self.tests:
+            first = self.run(name)
+            for again in (False, True):
+                SWITCH.hits.clear()
+                start = time.perf_counter()
+                error = first or self.run(name)
+                self.seconds[name] = time.perf_counter() - start
+                self.hits[name] = set(SWITCH.hits)
+                if error is None or again or first:
+                    break
+                self.recorder.slow.add(name)
+            if error is not None:
+                unfit.append(f"{name}: {type(error).__name__}: {str(error)[:150]}")
+                self.hits[name] = set()
+        return unfit
+
+    def killer(self, mutant: Mutant) -> tuple[str, int]:
+        """The test that fails with ``mutant`` ("" when none does), and how many were run."""
+        speaking = sorted((n for n, hits in self.hits.items() if mutant.number in hits), key=self.seconds.__getitem__)
+        SWITCH.active = mutant.number
+        try:
+            for i, name in enumerate(speaking):
+                if self.run(name) is not None:
+                    return name, i + 1
+        finally:
+            SWITCH.active = -1
+        return "", len(speaking)
+
+
+def _timeout(*_: Any) -> None:
+    raise TimeoutError(f"more than {SECONDS} s")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="only guards of modules whose name contains this")
+    parser.add_argument("--tests", nargs="+", default=TESTS, help="test files or directories")
+    parser.add_argument("--json", help="write every mutant and its killer here")
+    options = parser.parse_args()
+    signal.signal(signal.SIGALRM, _timeout)
+    os.chdir(ROOT)
+    suite = Suite(collect(list(options.tests)))
+    start = time.perf_counter()
+    unfit = suite.baseline()
+    mutants = [m for m in SWITCH.mutants if options.only in m.module]
+    print(f"{len(suite.tests)} tests, {len(suite.recorder.slow)} of them with Dynamo every time, "
+          f"{len(unfit)} unfit, {len(mutants)} mutants, {time.perf_counter() - start:.0f} s", flush=True)  # fmt: skip
+    for line in unfit:
+        print(f"unfit: {line}")
+    rows, killed, excused = [], 0, 0
+    for mutant in mutants:
+        test, tries = suite.killer(mutant)
+        rows.append({"at": f"{mutant.module}:{mutant.line}", "key": mutant.key, "killer": test, "tries": tries})
+        killed += bool(test)
+        if not test:
+            reason = EQUIVALENT.get(mutant.key)
+            excused += reason is not None
+            print(f"{'equivalent' if reason else 'survived'} after {tries}: {rows[-1]['at']}: {mutant.kind}: {mutant.text}",
+                  flush=True)  # fmt: skip
+    score = killed / max(1, len(mutants) - excused)
+    print(f"killed {killed} of {len(mutants)} mutants, {excused} equivalent: score {score:.1%}, "
+          f"{time.perf_counter() - start:.0f} s")  # fmt: skip
+    if options.json:
+        Path(options.json).write_text(json.dumps(rows, indent=1))
+    return 0 if score >= 0.95 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
