@@ -11,6 +11,7 @@ import linecache
 import re
 from collections.abc import Iterable
 
+from moe_compile.loops import syntax
 from moe_compile.report import NOT_CAPTURED, Site
 from moe_compile.torch_breaks import Break
 
@@ -54,6 +55,11 @@ def _fix(code: str, where: str, source: str) -> str:
             f"replace the Python numbers at {where} by a loop over range(num_experts) with "
             "torch.where(ids == e), or call moe_compile.fused_experts with stacked weights"
         )
+    if code == "MC101" and not _asks_for_emptiness(source):
+        return (
+            f"the branch at {where} depends on tensor values: compute both sides and choose with torch.where, "
+            "or keep the original layer"
+        )
     if code == "MC101":
         return f"remove the test at {where}: an expert without tokens adds nothing, so the result is the same"
     if code == "MC102":
@@ -62,6 +68,15 @@ def _fix(code: str, where: str, source: str) -> str:
             "for a Hugging Face model call moe_compile.optimize(model)"
         )
     return ""  # the table's advice says it
+
+
+def _asks_for_emptiness(source: str) -> bool:
+    """Whether a line is an ``if`` on whether something has an element."""
+    try:
+        (statement,) = ast.parse(source.rstrip() + "\n    pass").body
+    except (SyntaxError, ValueError):
+        return False
+    return isinstance(statement, ast.If) and syntax.emptiness(statement.test, set()) is not None
 
 
 def _code(found: Break, function: ast.AST | None) -> str | None:

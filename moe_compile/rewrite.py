@@ -11,8 +11,8 @@ from torch import fx
 
 from . import claims, legality, lower, near_miss, torch_compat
 from .canonical import Canonical, canonicalise
+from .loops import effects, substitution
 from .loops import marks as loop_marks
-from .loops import substitution
 from .match import combine, groups, marks, routing, rows, stack, values, views
 from .match.engine import Engine, Rule, ids_of
 from .match.facts import Sum
@@ -123,7 +123,7 @@ def rewrite_graph(gm: fx.GraphModule) -> Result:
             log.debug("rewritten loops cannot be analysed: %s: %s", type(error).__name__, error)
             substitution.trace_again(())
         raise
-    if marked and (result.broken or lower.has_marks(gm)):
+    if marked and (result.broken or lower.has_marks(gm) or effects.changed()):
         log.debug("rewritten loops are not proved: %s", "; ".join(str(b.error) for b in result.broken) or result.sites)
         substitution.trace_again(b.site for b in result.broken)
     return result

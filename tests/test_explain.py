@@ -25,6 +25,7 @@ class AnyBranch(NaiveMoE):
         for e in range(self.num_experts):
             chosen = ids == e
             if chosen.any():  # line: any
+                self.hit = e
                 token, slot = torch.where(chosen)
                 out.index_add_(0, token, self.experts[e](x[token]) * weights[token, slot, None])
         return out
@@ -37,6 +38,7 @@ class HitLoop(NaiveMoE):
         mask = F.one_hot(ids, self.num_experts).permute(2, 1, 0)
         hit = torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero()
         for row in hit:  # line: hit
+            print(end="")
             slot, token = torch.where(mask[row[0]])
             expert = self.experts[int(row[0])]
             out.index_add_(0, token, expert(x[token]) * weights[token, slot, None])
@@ -49,11 +51,26 @@ class SplitList(NaiveMoE):
         flat = ids.flatten()
         order = flat.argsort()
         sizes = flat.bincount(minlength=self.num_experts).tolist()  # line: tolist
+        print(end="")
         rows = [e(part) for e, part in zip(self.experts, x[order // self.top_k].split(sizes), strict=True)]
         y = torch.cat(rows)
         back = torch.empty_like(y)
         back[order] = y
         return (back.view(-1, self.top_k, x.shape[1]) * weights.unsqueeze(-1)).sum(dim=1)
+
+
+class Threshold(NaiveMoE):
+    """Experts with a single token are left out: no test for emptiness, so nothing can be assumed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.route(x)
+        out = torch.zeros_like(x)
+        for e in range(self.num_experts):
+            chosen = ids == e
+            if chosen.sum() > 1:  # line: threshold
+                token, slot = torch.where(chosen)
+                out.index_add_(0, token, self.experts[e](x[token]) * weights[token, slot, None])
+        return out
 
 
 class Disabled(DenseLoop):
@@ -81,6 +98,7 @@ def made(kind: type[NaiveMoE]) -> tuple[nn.Module, Tensor]:
     ("kind", "code", "mark", "fix"),
     [
         (AnyBranch, "MC101", "any", "remove the test"),
+        (Threshold, "MC101", "threshold", "torch.where"),
         (HitLoop, "MC102", "hit", r"loop over range(num_experts)"),
         (SplitList, "MC101", "tolist", "replace the Python numbers"),
         (Disabled, "MC104", "disabled", "remove the decorator"),

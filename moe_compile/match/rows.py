@@ -9,7 +9,7 @@ from torch import fx
 
 from ..canonical import shape_of, value
 from . import gathered
-from .engine import Engine, Rules, argument, aten, ids_of, normal_dim, rank
+from .engine import Engine, Rules, argument, aten, ids_of, is_float, normal_dim, rank
 from .facts import (
     Atom,
     Coordinates,

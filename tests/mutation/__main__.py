@@ -43,7 +43,8 @@ SECONDS = 60  # a replay that takes longer has lost its way, which a test would 
 class Collector:
     """Keeps what pytest collects."""
 
-    items: list[Any] = []
+    def __init__(self) -> None:
+        self.items: list[Any] = []
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         self.items += items
@@ -151,8 +152,8 @@ def main() -> int:
         if not test:
             reason = EQUIVALENT.get(mutant.key)
             excused += reason is not None
-            print(f"{'equivalent' if reason else 'survived'} after {tries}: {rows[-1]['at']}: {mutant.kind}: {mutant.text}",
-                  flush=True)  # fmt: skip
+            fate = "equivalent" if reason else "survived"
+            print(f"{fate} after {tries}: {rows[-1]['at']}: {mutant.kind}: {mutant.text}", flush=True)
     score = killed / max(1, len(mutants) - excused)
     print(f"killed {killed} of {len(mutants)} mutants, {excused} equivalent: score {score:.1%}, "
           f"{time.perf_counter() - start:.0f} s")  # fmt: skip
