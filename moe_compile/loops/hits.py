@@ -15,8 +15,9 @@ class Uses(ast.NodeTransformer):
     ``vector`` are names of a row of the hit list (a tensor), ``scalars`` names of the number itself.
     """
 
-    def __init__(self, expert: str, hits: str, bound: set[str]) -> None:
-        self.vector, self.scalars, self.hits, self.bound = {expert}, set[str](), hits, bound
+    def __init__(self, expert: str, hits: str, bound: set[str], plain: bool) -> None:
+        self.vector, self.scalars = (set[str](), {expert}) if plain else ({expert}, set[str]())
+        self.hits, self.bound = hits, bound
         self.containers: list[ast.expr] = []
 
     def _is(self, node: ast.AST, names: set[str]) -> bool:

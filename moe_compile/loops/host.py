@@ -16,6 +16,7 @@ class Names(Protocol):
     tree: ast.FunctionDef
     origins: dict[str, list[ast.expr]]
     host: set[str]
+    listed: set[str]
     changed: bool
 
 
@@ -33,9 +34,10 @@ class Host:
     def __init__(self, function: Names) -> None:
         self.function = function
         self.tree = function.tree
-        self.parents = {c: p for p in ast.walk(self.tree) for c in ast.iter_child_nodes(p)}
 
     def run(self) -> None:
+        _Single().visit(self.tree)
+        self.parents = {c: p for p in ast.walk(self.tree) for c in ast.iter_child_nodes(p)}
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
                 inner, on_host = syntax.without_host(node.value)
@@ -49,10 +51,12 @@ class Host:
         position = (node.lineno, node.col_offset)
         later = [n for n in syntax.loaded(self.tree) if n.id == name and (n.lineno, n.col_offset) > position]
         later = [n for n in later if n not in set(ast.walk(node))]
-        stores = [s for s in ast.walk(self.tree) if isinstance(s, ast.Name) and s.id == name and s not in later]
+        stores = [s for s in ast.walk(self.tree) if isinstance(s, ast.Name) and s.id == name and s is not node.targets[0]]
         if any((s.lineno, s.col_offset) > position and isinstance(s.ctx, ast.Store) for s in stores):
             return
         uses = {self._use(n) for n in later}
+        if uses == {"loop"}:
+            self.function.listed.add(name)
         if uses == {"index"} or (uses == {"loop"} and syntax.is_hit_list(inner, self.function.origins)):
             node.value = inner
         elif uses and uses <= {"entry", "enumerate", "split", "len"}:
@@ -118,12 +122,31 @@ class Host:
 
     def _is_offset(self, value: ast.expr) -> bool:
         plain = (
-            ast.Name, ast.BinOp, ast.Add, ast.Sub, ast.IfExp, ast.Compare, ast.Eq, ast.Constant, ast.Load,
+            ast.Call, ast.Name, ast.BinOp, ast.Add, ast.Sub, ast.IfExp, ast.Compare, ast.Eq, ast.Constant, ast.Load,
             ast.Subscript,
         )  # fmt: skip
         if not all(isinstance(n, plain) for n in ast.walk(value)):
             return False
+        calls = [n for n in ast.walk(value) if isinstance(n, ast.Call)]
+        if any(syntax.called(c)[0] != "int" for c in calls):
+            return False
         return any(n.id in self.function.host for n in syntax.loaded(value))
+
+
+class _Single(ast.NodeTransformer):
+    """``a, b = x.tolist(), y.tolist()`` as two statements; only where nothing on the right reads a name on the left."""
+
+    def visit_Assign(self, node: ast.Assign) -> ast.AST | list[ast.Assign]:
+        target, value = node.targets[0], node.value
+        if len(node.targets) != 1 or not isinstance(target, ast.Tuple) or not isinstance(value, ast.Tuple):
+            return node
+        if len(target.elts) != len(value.elts) or not all(isinstance(t, ast.Name) for t in target.elts):
+            return node
+        if set(syntax.stored(target)) & {n.id for n in syntax.loaded(value)}:
+            return node
+        if not any(syntax.without_host(v)[1] for v in value.elts):
+            return node
+        return [ast.copy_location(ast.Assign([t], v), node) for t, v in zip(target.elts, value.elts, strict=True)]
 
 
 class _Grouped(ast.NodeTransformer):
@@ -164,6 +187,8 @@ class _Grouped(ast.NodeTransformer):
     def visit_Call(self, node: ast.Call) -> ast.AST:
         self.generic_visit(node)
         name, on = syntax.called(node)
+        if name == "int" and len(node.args) == 1 and not node.keywords and self._on_host(node.args[0]):
+            return node.args[0]
         dim = [k.value for k in node.keywords if k.arg in ("dim", "axis")]
         if self._is_split(node) and on is not None and len(dim) == len(node.keywords):
             sizes = next(a for a in node.args if isinstance(a, ast.Name) and a.id in self.host)

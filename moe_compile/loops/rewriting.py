@@ -41,6 +41,7 @@ class Function:
             if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
                 self.origins.setdefault(node.targets[0].id, []).append(node.value)
         self.host: set[str] = set()
+        self.listed: set[str] = set()  # hit lists that were lists of Python numbers
 
     def site(self) -> ast.Constant:
         self.next += 1
@@ -121,10 +122,11 @@ class Function:
     # --- loops --------------------------------------------------------------------------------------
 
     def loop(self, s: ast.For) -> list[ast.stmt]:
-        hits, _ = syntax.without_host(s.iter)
+        hits, listed = syntax.without_host(s.iter)
+        listed = listed or (isinstance(hits, ast.Name) and hits.id in self.listed)
         if isinstance(s.target, ast.Name) and syntax.is_hit_list(hits, self.origins):
             try:
-                return self.hit_loop(s, hits)
+                return self.hit_loop(s, hits, listed and syntax.is_flat(hits, self.origins))
             except Unfit:
                 return [s]
         first: list[ast.stmt] = []
@@ -143,16 +145,17 @@ class Function:
             at_place(new, s)
         return [s]
 
-    def hit_loop(self, s: ast.For, hits: ast.expr) -> list[ast.stmt]:
+    def hit_loop(self, s: ast.For, hits: ast.expr, plain: bool) -> list[ast.stmt]:
+        """``plain``: the loop variable is a Python number already."""
         assert isinstance(s.target, ast.Name)
         self.require_plain(s.body)
         expert = s.target.id
         changed = [n for n in self.escaping(s.body) if n != expert]
         site, name = self.site(), f"{HELPERS}_hits{self.next}"
-        uses = Uses(expert, name, set(syntax.stored(ast.Module(s.body, []))))
+        uses = Uses(expert, name, set(syntax.stored(ast.Module(s.body, []))), plain)
         body = [uses.visit(x) for x in s.body]
-        if not uses.containers:
-            raise Unfit("nothing is indexed by the expert")
+        if not uses.containers and self.tree.args.args:
+            uses.containers.append(call("held", read(self.tree.args.args[0].arg)))
         if any(n.id == expert or n.id in uses.scalars for n in self._outside(s.body) if n is not s.target):
             raise Unfit("the expert is read after the loop")
         self.changed = True

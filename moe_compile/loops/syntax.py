@@ -126,6 +126,13 @@ def is_hit_list(expr: ast.expr, origins: dict[str, list[ast.expr]], depth: int =
     return False
 
 
+def is_flat(expr: ast.expr, origins: dict[str, list[ast.expr]]) -> bool:
+    """Whether a hit list has one dimension: ``unique()``, or flattened."""
+    found = origins.get(expr.id, []) if isinstance(expr, ast.Name) else [expr]
+    names = {called(n)[0] for e in found for n in ast.walk(e) if isinstance(n, ast.Call)}
+    return len(found) == 1 and bool(names & {"unique", "flatten", "squeeze"})
+
+
 def root_name(expr: ast.expr) -> str | None:
     """``a`` of ``a.b[c].d(e)``."""
     while isinstance(expr, (ast.Attribute, ast.Subscript, ast.Call)):

@@ -24,6 +24,12 @@ def hit_range(hits: Tensor, *containers: Any) -> range:
     return range(min([c.shape[0] if isinstance(c, Tensor) else len(c) for c in containers]))
 
 
+def held(module: Any) -> range:
+    """As many experts as a module holds itself; a guess, which the proof of the layer confirms or not."""
+    stacks = [p.shape[0] for p in module.parameters(recurse=False) if p.dim() == 3]
+    return range(min([*stacks, *[len(m) for m in module.children() if isinstance(m, nn.ModuleList)]]))
+
+
 def hit(site: int, hits: Tensor, expert: int) -> None:
     """An iteration of a loop over ``hits`` begins."""
     mark([hits], "hit", [site, expert])
