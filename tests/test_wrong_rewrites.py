@@ -142,6 +142,48 @@ class CopyWritten(Stacks):
         return (y * dense.t().unsqueeze(-1)).sum(0)
 
 
+class SameTextOtherValue(Stacks):
+    """``w * w`` twice, with a write in between: two values, although one expression."""
+
+    def routed(self, x):
+        w, ids = self.router(x)
+        w = w.clone()
+        first = w[:, 0]
+        before = w * w
+        first.mul_(2)
+        return (before, w * w), ids
+
+    def gate(self, w, ids, e):
+        return (w[e % 2] * (ids == e)).sum(-1, keepdim=True)
+
+
+class SameTextOtherInput(Stacks):
+    def forward(self, x):
+        w, ids = self.router(x)
+        x = x.clone()
+        first = x[:, 0]
+        inputs = [x * 1.5]
+        first.mul_(2)
+        inputs.append(x * 1.5)
+        out = torch.zeros_like(x)
+        for e in range(self.experts):
+            out = out + self.gate(w, ids, e) * self.expert(e, inputs[e % 2])
+        return out
+
+
+class SameTextOtherIds(Stacks):
+    def routed(self, x):
+        w, ids = self.router(x)
+        ids = ids.clone()
+        first = ids[:, 0]
+        before = ids + 0
+        first.copy_(ids[:, 1])
+        return w, (before, ids + 0)
+
+    def gate(self, w, ids, e):
+        return (w * (ids[e % 2] == e)).sum(-1, keepdim=True)
+
+
 class CombineMatrixWritten(Stacks):
     def forward(self, x):
         w, ids = self.router(x)
@@ -156,7 +198,7 @@ class CombineMatrixWritten(Stacks):
 REWRITTEN = (LimitThatIsATensor, CopyBeforeAWrite, CopyWritten, IdsAsTruth)
 REFUSED = (
     SliceOfABias, WeightsWrittenThroughAView, IdsWrittenThroughAView, IdsOverwritten, TwoHeads, OverflowInside,
-    CombineMatrixWritten,
+    CombineMatrixWritten, SameTextOtherValue, SameTextOtherInput, SameTextOtherIds,
 )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ def _m(*changes: tuple[str, str], refuse: bool = False) -> Mutation:
     return Mutation(changes, refuse)
 
 
+_ROUTED = "weights, ids = self.router(x)\n"
 _LOOP = "for e in range(self.num_experts):"
 
 MUTATIONS: dict[str, Mutation] = {
@@ -176,6 +177,16 @@ MUTATIONS: dict[str, Mutation] = {
         ("self.w1[ids]", "self.w1.roll(1, 0)[ids]"),
         ("self.w13[ids]", "self.w13.roll(1, 0)[ids]"),
     ),
+    # writes through views
+    "weights are written before": _m(
+        (_ROUTED, _ROUTED + "        weights = weights * 1\n        weights[..., 0].mul_(0.5)\n")
+    ),
+    "weights are written in the loop": _m((_LOOP + "\n", _LOOP + "\n            weights[..., 0].mul_(1.1)\n")),
+    "ids are written before": _m(
+        (_ROUTED, _ROUTED + "        ids = ids.clone()\n        ids[..., 0] = ids[..., -1]\n")
+    ),
+    "ids are written in the loop": _m((_LOOP + "\n", _LOOP + "\n            ids[..., 0].clamp_(max=e)\n")),
+    "tokens are written after the routing": _m((_ROUTED, _ROUTED + "        x = x.clone()\n        x[..., 0] = 1.0\n")),
     # observers
     "an output is kept": _m(("return y\n", "self.kept = y\n        return y\n")),
     "the last output is used": _m(("return out\n", "return out + y.mean()\n")),

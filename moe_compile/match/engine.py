@@ -210,18 +210,20 @@ class Engine:
         if node not in self._number:
             self._number[node] = node
             if node.op == "call_function" and _is_pure(node.target):
-                key = (node.target, self._key(node.args), self._key(node.kwargs))
+                at = self.position[node]
+                key = (node.target, self._key(node.args, at), self._key(node.kwargs, at))
                 self._number[node] = self._values.setdefault(key, node)
         first = self._number[node]
         return first if first is node or not (self.version(first) or self.version(node)) else node
 
-    def _key(self, args: Any) -> Any:
+    def _key(self, args: Any, at: int) -> Any:
+        """Arguments as they were at a position: the same node holds something else once it was written."""
         if isinstance(args, fx.Node):
-            return self.representative(args), self.version(args)
+            return self.representative(args), self.writes_before(args, at)
         if isinstance(args, (list, tuple)):
-            return tuple(self._key(a) for a in args)
+            return tuple(self._key(a, at) for a in args)
         if isinstance(args, dict):
-            return tuple((k, self._key(v)) for k, v in sorted(args.items()))
+            return tuple((k, self._key(v, at)) for k, v in sorted(args.items()))
         return args if not isinstance(args, slice) else repr(args)
 
     def leaf_at(self, node: fx.Node) -> Leaf:

@@ -21,6 +21,7 @@ from .facts import (
     Masked,
     Range,
     RouterWeight,
+    Sum,
     Val,
     flat_names,
     is_token,
@@ -181,7 +182,7 @@ def _mul(engine: Engine, node: fx.Node) -> Any:
             if found is not None:
                 return found
         gate = engine.fact(x)
-        if isinstance(gate, Gate) and isinstance(y, fx.Node) and engine.fact(y) is None:
+        if isinstance(gate, Gate) and isinstance(y, fx.Node) and isinstance(engine.fact(y), (Sum, type(None))):
             lifted = x_rows(engine, y)
             if lifted is not None and "f" in flat_names(lifted.dims):
                 found = apply_gate(engine, node, lifted, x)
