@@ -51,7 +51,8 @@ class Host:
         position = (node.lineno, node.col_offset)
         later = [n for n in syntax.loaded(self.tree) if n.id == name and (n.lineno, n.col_offset) > position]
         later = [n for n in later if n not in set(ast.walk(node))]
-        stores = [s for s in ast.walk(self.tree) if isinstance(s, ast.Name) and s.id == name and s is not node.targets[0]]
+        names = [n for n in ast.walk(self.tree) if isinstance(n, ast.Name) and n.id == name]
+        stores = [n for n in names if n is not node.targets[0]]
         if any((s.lineno, s.col_offset) > position and isinstance(s.ctx, ast.Store) for s in stores):
             return
         uses = {self._use(n) for n in later}

@@ -119,7 +119,7 @@ def write_early_view(step, s, out, x):
 
 
 near(69, wrap(finish=write_view), each(BASES, EQUAL), "taken after the layer")
-near(69, wrap(start=early_view, finish=write_early_view), each((Where, Stacked, BoolMask, Grouped), "MC204"),
+near(69, wrap(start=early_view, finish=write_early_view), each((Where, BoolMask, Grouped), "MC204", Stacked=EQUAL),
      "taken before")  # fmt: skip
 
 

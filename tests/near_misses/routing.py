@@ -165,7 +165,7 @@ def capacity_weights(step, s, x):
 
 near(22, wrap(pick=first_two), {BoolMask: "MC209"})
 near(22, wrap(weight=first_two_dense), {Dense: "MC209"})
-near(22, wrap(sort=lambda step, s, ids: step(ids)[:8]), {Grouped: "MC209"})
+near(22, wrap(sort=lambda step, s, ids: step(ids)[:8]), {Grouped: "MC207"})
 near(22, wrap(route=capacity_weights), each(MAIN, EQUAL), "as zero weights")
 
 
