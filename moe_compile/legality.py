@@ -111,7 +111,9 @@ def _buffers_are_not_seen(engine: Engine, nodes: set[fx.Node], output: fx.Node) 
                 continue
             for user in view.users:
                 at = engine.position[user]
-                if user in nodes or user in views or at < start or is_size_check(user):
+                written_later = writes(user.target) and at > end and not _whole(view, base)
+                inner = user in nodes or (user in views and not written_later)
+                if inner or at < start or is_size_check(user):
                     continue
                 if result and at > end and _whole(view, base) and value(view).dtype == value(output).dtype:
                     continue

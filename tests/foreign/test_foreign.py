@@ -14,7 +14,7 @@ from support import assert_accurate, relative, rewritten
 from moe_compile import torch_compat
 
 # Loops with tests on values (`.any()`, `.tolist()`, `nonzero()`) become one graph once they are captured at trace time.
-LOOPS_ARE_CAPTURED = True
+LOOPS_ARE_CAPTURED = False
 REWRITTEN, LOOP = "rewritten", "rewritten once loops are captured"
 
 # layer: (outcome, or the code of the refusal, "-" where no row is owed; shape of the tokens; why)

@@ -103,7 +103,7 @@ def nested(layer):
 
 near(36, both(parts(nested), override(expert=lambda s, mlp, x, e: s.output(mlp(x), e))),
      each((Where, BoolMask), "MC303 MC200 MC200 MC200")
-     | {Dense: "equal equal equal MC200", StackGather: "equal equal equal MC303"})  # fmt: skip
+     | {Dense: "equal equal equal MC303", StackGather: "equal equal equal MC303"})  # fmt: skip
 
 
 def masked_input(step, s, out, x, w, ids, e, mlp):
