@@ -29,6 +29,9 @@ BLOCK_BYTES = 1 << 20  # intermediate rows of one block: stays in cache, few cal
 SPLIT_ROWS = 256  # one expert is split only into runs that still make an efficient GEMM
 TILE = 1 << 20  # elements of a weight that are upcast at a time
 NATIVE_ROWS = 3  # up to here (rows of an expert, on average) half precision GEMMs win without upcast
+# oneDNN's AMX GEMM of a width that is not a multiple of this reads on into the next row, times zero: a NaN there
+# would reach another token (seen with PyTorch 2.11 and 2.13). Such widths are upcast.
+NATIVE_BLOCK = 32
 COLUMN_ROWS = 128  # up to here ``W @ rows.T`` wins
 STRIDED_ROWS = 16  # from here on BLAS takes column-major rows as fast as row-major ones
 
@@ -243,7 +246,11 @@ def _choose(dtype: torch.dtype, pairs: int, hit: int, roles: Sequence[Tensors]) 
     """Pick the method from the mean number of rows of an expert; both tricks need weights dense in ``in``."""
     row_major = all(r[0].stride(-1) == 1 for r in roles if r)
     if dtype in (torch.bfloat16, torch.float16):
-        if (row_major and pairs <= NATIVE_ROWS * hit) or _native_gemm(dtype):
+        if _native_gemm(dtype):
+            keep = all(r[0].shape[-1] % NATIVE_BLOCK == 0 for r in roles if r)
+        else:
+            keep = row_major and pairs <= NATIVE_ROWS * hit
+        if keep:
             return Method(dtype, columns=False, repack=False)
         dtype = torch.float32
     columns = row_major and hit < pairs <= COLUMN_ROWS * hit

@@ -156,7 +156,8 @@ def methods(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[cpu.Method]]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("t", [0, 1, 2, 7, 33, 129])
 def test_shapes(t: int, dtype: torch.dtype, native: bool) -> None:
-    sizes = [(1, 1, 8, 8), (2, 1, 3, 5), (5, 5, 13, 7), (8, 3, 16, 1), (16, 4, 1, 9), (16, 16, 31, 17)]
+    sizes = [(1, 1, 8, 8), (2, 1, 3, 5), (5, 5, 13, 7), (8, 3, 16, 1), (16, 4, 1, 9), (16, 16, 31, 17),
+             (8, 2, 32, 64)]
     for e, k, h, i in sizes:
         seeds = range(min(5, 1 + 60 // (1 + t * h)))
         check(*[make(t, e, k, h, i, dtype, seed=seed) for seed in seeds])
@@ -167,8 +168,9 @@ def test_shapes(t: int, dtype: torch.dtype, native: bool) -> None:
 @pytest.mark.parametrize("form", ["fused", "interleaved", "split", "plain"])
 def test_layouts(form: str, storage: str, dtype: torch.dtype, native: bool) -> None:
     act = Activation(gated=form != "plain")
+    width, inner = (32, 64) if native else (11, 6)
     for bias, on_input, t, e in itertools.product((False, True), (False, True), (1, 40), (1, 4)):
-        common = (t, e, min(e, 2), 11, 6, dtype, act, form, storage, bias)
+        common = (t, e, min(e, 2), width, inner, dtype, act, form, storage, bias)
         check(*[make(*common, seed=seed, weight_on_input=on_input) for seed in range(6 if t == 1 else 1)])
 
 
@@ -232,8 +234,8 @@ def test_duplicates_and_one_expert(t: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_stays_in_its_token(dtype: torch.dtype, native: bool) -> None:
-    for t in (2, 40, 600):
-        sample = make(t, 3, 2, 9, 7, dtype)
+    for t, (h, i) in itertools.product((2, 40, 600), ((9, 7), (33, 42), (64, 32))):
+        sample = make(t, 3, 2, h, i, dtype)
         clean = sample.run()
         sample.moe.hidden_states[1, 4] = math.nan
         out = sample.run()
@@ -338,9 +340,12 @@ def test_method_on_a_cpu_with_half_precision(
 ) -> None:
     monkeypatch.setattr(cpu, "_native_gemm", lambda dtype: True)
     for t in (1, 64):
-        sample = make(t, 2, 1, dtype=dtype)
-        check(sample)
+        check(make(t, 2, 1, 32, 64, dtype=dtype))
     assert methods == [cpu.Method(dtype, False, False)] * 2
+    methods.clear()
+    for h, i in ((33, 64), (32, 42)):  # oneDNN would read on into the next row
+        check(make(64, 2, 1, h, i, dtype=dtype))
+    assert [method.dtype for method in methods] == [torch.float32] * 2
 
 
 def test_upcast_is_more_accurate_than_the_loop() -> None:
