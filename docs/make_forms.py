@@ -10,7 +10,7 @@ import torch._dynamo
 from moe_compile.patterns import FORMS, grouped_mm, name_of
 
 from moe_compile import capture
-from moe_compile.rewrite import rewrite_graph
+from moe_compile.rewriting import rewrite_graph
 
 HEAD = """# Forms
 

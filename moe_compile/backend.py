@@ -17,7 +17,7 @@ from torch import fx
 from . import capture, huggingface, torch_compat
 from .config import OptionError, Options, enabled, split_options
 from .report import REFUSED, Site, record
-from .rewrite import Result, analyse_graph, rewrite_graph
+from .rewriting import Result, analyse_graph, rewrite_graph
 from .verify import compare_first_call
 
 log = logging.getLogger("moe_compile.backend")

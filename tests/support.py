@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 import moe_compile.backend as backend
 from moe_compile import capture
 from moe_compile.report import Site
-from moe_compile.rewrite import rewrite_graph
+from moe_compile.rewriting import rewrite_graph
 
 FLOOR = {torch.float32: 1e-7, torch.float64: 1e-15, torch.bfloat16: 1e-3, torch.float16: 1e-4}
 

@@ -12,7 +12,7 @@ from moe_compile.patterns.index_add_loop import WhereIndexAdd
 from support import relative
 
 import moe_compile
-from moe_compile import backend, report, rewrite
+from moe_compile import backend, report, rewriting
 from moe_compile.config import OptionError
 from moe_compile.spec import NoMatch
 from moe_compile.verify import VerificationError
@@ -92,7 +92,7 @@ def test_a_bug_of_ours_never_fails_the_compile(monkeypatch, caplog):
     def broken(*args, **kwargs):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(rewrite, "facts_of", broken)
+    monkeypatch.setattr(rewriting, "facts_of", broken)
     layer, x = MaskedDense().eval(), torch.randn(6, 32)
     with caplog.at_level(logging.WARNING, logger="moe_compile"):
         out, found = compiled(layer, x)
@@ -102,13 +102,13 @@ def test_a_bug_of_ours_never_fails_the_compile(monkeypatch, caplog):
 
 
 def test_a_failure_while_lowering_restores_the_graph(monkeypatch):
-    real = rewrite.lower.lower
+    real = rewriting.lower.lower
 
     def half_way(plan):
         real(plan)
         raise ZeroDivisionError("after the change")
 
-    monkeypatch.setattr(rewrite.lower, "lower", half_way)
+    monkeypatch.setattr(rewriting.lower, "lower", half_way)
     layer, x = WhereIndexAdd().eval(), torch.randn(6, 32)
     out, found = compiled(layer, x)
     assert "MC508" in [s.code for s in found.sites]
@@ -123,8 +123,8 @@ def test_verify_compares_the_first_call(monkeypatch):
     with torch.no_grad():
         assert relative(out, layer(x)) < 1e-6
     torch._dynamo.reset()
-    real = rewrite.lower._router
-    monkeypatch.setattr(rewrite.lower, "_router", lambda c, p, ids: c.call(torch.mul, (real(c, p, ids), 1.5)))
+    real = rewriting.lower._router
+    monkeypatch.setattr(rewriting.lower, "_router", lambda c, p, ids: c.call(torch.mul, (real(c, p, ids), 1.5)))
     with pytest.raises(VerificationError, match="differs from the original"):
         compiled(layer, x, verify=True)
 

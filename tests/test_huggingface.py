@@ -23,7 +23,7 @@ from moe_compile.comparing import Widened
 from moe_compile.config import OptionError
 from moe_compile.ops import cpu as cpu  # the kernels that the comparisons run
 from moe_compile.report import REFUSED, REWRITTEN, Report
-from moe_compile.rewrite import analyse_graph
+from moe_compile.rewriting import analyse_graph
 from moe_compile.spec import Activation, NoMatch
 
 GRAPHS: list[torch.fx.GraphModule] = []

@@ -11,7 +11,7 @@ from torch import fx
 
 from moe_compile import capture
 from moe_compile.report import Site
-from moe_compile.rewrite import rewrite_graph
+from moe_compile.rewriting import rewrite_graph
 
 
 @dataclass

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-import moe_compile.rewrite as rewrite
+import moe_compile.rewriting as rewriting
 from moe_compile import capture, torch_compat
 from moe_compile.canonical import Canonical, canonicalise
 
@@ -31,11 +31,11 @@ class Capture:
         graph = torch_compat.copy_graph(self.module.graph)
         twin = fx.GraphModule(self.module, graph)
         new = dict(zip(self.module.graph.nodes, graph.nodes, strict=True))
-        kept, rewrite.canonicalise = rewrite.canonicalise, lambda _: self._copy(new)  # type: ignore[assignment]
+        kept, rewriting.canonicalise = rewriting.canonicalise, lambda _: self._copy(new)  # type: ignore[assignment]
         try:
-            return twin, rewrite.rewrite_graph(twin).sites
+            return twin, rewriting.rewrite_graph(twin).sites
         finally:
-            rewrite.canonicalise = kept
+            rewriting.canonicalise = kept
 
     def _copy(self, new: dict[fx.Node, fx.Node]) -> Canonical:
         if self.copy is None:
@@ -85,7 +85,7 @@ class Recorder:
 
         def run(gm: fx.GraphModule, example_inputs: Any, **_: Any) -> Any:
             kept = fx.GraphModule(gm, torch_compat.copy_graph(gm.graph))
-            seen = Capture(kept, canonicalise(kept) if rewrite._worth_a_look(kept) else None)
+            seen = Capture(kept, canonicalise(kept) if rewriting._worth_a_look(kept) else None)
             call.captures.append(seen)
             twin, sites = seen.rewritten()
             outcome.sites += sites

@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-import moe_compile.rewrite as rewrite
+import moe_compile.rewriting as rewriting
 from moe_compile.canonical import value
 
 
@@ -154,7 +154,7 @@ def test_fewer_scores_than_weights_are_fine():
 @pytest.mark.parametrize("base", MODULES)
 def test_an_expert_on_another_device(base, monkeypatch):
     """Mutator 48 without a second device: the weights of one expert say that they are elsewhere."""
-    facts_of = rewrite.facts_of
+    facts_of = rewriting.facts_of
 
     def moved(copy):
         for node in copy.graph.nodes:
@@ -165,7 +165,7 @@ def test_an_expert_on_another_device(base, monkeypatch):
                 node.meta["val"] = FakeTensor(val.fake_mode, meta, torch.device("cuda:0"))
         return facts_of(copy)
 
-    monkeypatch.setattr(rewrite, "facts_of", moved)
+    monkeypatch.setattr(rewriting, "facts_of", moved)
     layer = base()
     assert "cuda:0" in refused(layer, "MC401", tokens(layer)).reason
 
