@@ -110,7 +110,27 @@ class SplitCat(Layer):
         return out.index_add(0, order // self.top_k, ys * w.flatten()[order, None])
 
 
-EXAMPLES = (MoeInfer, CumsumSlices, SplitCat)
+class Bins(Layer):
+    """In the style of MegaBlocks: borders of bins on the host, each bin's rows written into one buffer."""
+
+    def __init__(self, **sizes: int) -> None:
+        super().__init__(**sizes)
+        self.mlps = nn.ModuleList(GatedMLP(self.hidden, self.inter) for _ in range(self.experts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.router(x)
+        indices = ids.flatten().sort(stable=True).indices
+        bins = torch.cumsum(torch.bincount(ids.flatten(), minlength=self.experts), 0).tolist()
+        rows = x[indices // self.top_k]
+        y, start = torch.empty_like(rows), 0
+        for e, end in enumerate(bins):
+            y[start:end] = self.mlps[e](rows[start:end])
+            start = end
+        out = torch.zeros_like(x)
+        return out.index_add_(0, indices // self.top_k, y * w.flatten()[indices, None])
+
+
+EXAMPLES = (MoeInfer, CumsumSlices, SplitCat, Bins)
 
 
 def match(engine: Engine, output: fx.Node, total: Sum) -> Found:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ast
 import copy
+from collections.abc import Callable
 from typing import Protocol
 
 from . import syntax
-from .emit import at_place, call, number
+from .emit import HELPERS, at_place, call, number, read
 
 
 class Names(Protocol):
@@ -37,15 +38,24 @@ class Host:
 
     def run(self) -> None:
         _Single().visit(self.tree)
+        _Iterated().visit(self.tree)
         self.parents = {c: p for p in ast.walk(self.tree) for c in ast.iter_child_nodes(p)}
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
                 inner, on_host = syntax.without_host(node.value)
                 if on_host:
                     self._name(node, node.targets[0].id, inner)
-        if self.function.host:
+        inline = _Inline(self._sizes)
+        inline.visit(self.tree)
+        self.function.changed |= inline.changed
+        if self.function.host or inline.changed:
             self._offsets()
             _Grouped(self.function).visit(self.tree)
+
+    def _sizes(self, counts: ast.expr) -> ast.Call:
+        """``counts`` where the original has Python numbers."""
+        experts = self._counted_experts(counts) or ast.Constant(None)
+        return call("Sizes", counts, ast.Constant(self._is_running(counts)), experts)
 
     def _name(self, node: ast.Assign, name: str, inner: ast.expr) -> None:
         position = (node.lineno, node.col_offset)
@@ -55,14 +65,18 @@ class Host:
         stores = [n for n in names if n is not node.targets[0]]
         if any((s.lineno, s.col_offset) > position and isinstance(s.ctx, ast.Store) for s in stores):
             return
+        inside = set(ast.walk(node))
+        earlier = [n for n in syntax.loaded(self.tree) if n.id == name and n not in later and n not in inside]
+        if earlier and self._repeats(node):
+            return
         uses = {self._use(n) for n in later}
         if uses == {"loop"}:
             self.function.listed.add(name)
         if uses == {"index"} or (uses == {"loop"} and syntax.is_hit_list(inner, self.function.origins)):
-            node.value = inner
+            node.value = call("listed", inner)
+            at_place(node.value, node)
         elif uses and uses <= {"entry", "enumerate", "split", "len"}:
-            experts = self._counted_experts(inner) or ast.Constant(None)
-            node.value = call("Sizes", inner, ast.Constant(self._is_running(inner)), experts)
+            node.value = self._sizes(inner)
             at_place(node.value, node)
             self.function.host.add(name)
         else:
@@ -84,6 +98,12 @@ class Host:
             if name in ("split", "split_with_sizes"):
                 return "split"
         return "other"
+
+    def _repeats(self, node: ast.AST) -> bool:
+        """Whether a statement stands in a loop."""
+        while node in self.parents and not isinstance(node, (ast.For, ast.While)):
+            node = self.parents[node]
+        return isinstance(node, (ast.For, ast.While))
 
     def _counted_experts(self, expr: ast.expr, depth: int = 2) -> ast.expr | None:
         """``E`` of ``bincount(ids, minlength=E)``, whose length only the device knows."""
@@ -150,11 +170,64 @@ class _Single(ast.NodeTransformer):
         return [ast.copy_location(ast.Assign([t], v), node) for t, v in zip(target.elts, value.elts, strict=True)]
 
 
+class _Iterated(ast.NodeTransformer):
+    """A name for the numbers of ``for i, n in enumerate(counts.tolist())``, which are fetched once before the loop."""
+
+    def __init__(self) -> None:
+        self.names = 0
+
+    def visit_For(self, node: ast.For) -> ast.AST | list[ast.stmt]:
+        self.generic_visit(node)
+        found = node.iter
+        if not isinstance(found, ast.Call) or not isinstance(found.func, ast.Name) or found.func.id != "enumerate":
+            return node
+        if len(found.args) != 1 or not syntax.is_list(found.args[0]):
+            return node
+        self.names += 1
+        name = f"{HELPERS}_counts{self.names}"
+        fetched = ast.copy_location(ast.Assign([ast.Name(name, ast.Store())], found.args[0]), node)
+        found.args[0] = ast.copy_location(read(name), found.args[0])
+        at_place(fetched, node)
+        return [fetched, node]
+
+
+class _Inline(ast.NodeTransformer):
+    """Numbers without a name: ``x[index.tolist()]``, ``x.split(counts.tolist())``."""
+
+    def __init__(self, sizes: Callable[[ast.expr], ast.Call]) -> None:
+        self.sizes, self.changed = sizes, False
+
+    def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
+        self.generic_visit(node)
+        if isinstance(node.slice, ast.Tuple):
+            node.slice.elts = [self._listed(e) for e in node.slice.elts]
+        else:
+            node.slice = self._listed(node.slice)
+        return node
+
+    def _listed(self, index: ast.expr) -> ast.expr:
+        return self._instead(index, call("listed", syntax.without_host(index)[0])) if syntax.is_list(index) else index
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        if syntax.called(node)[0] in ("split", "split_with_sizes"):
+            for i, a in enumerate(node.args):
+                if syntax.is_list(a):
+                    node.args[i] = self._instead(a, self.sizes(syntax.without_host(a)[0]))
+        return node
+
+    def _instead(self, old: ast.expr, new: ast.Call) -> ast.Call:
+        at_place(new, old)
+        self.changed = True
+        return new
+
+
 class _Grouped(ast.NodeTransformer):
     """Slices, splits and joins of rows by counts."""
 
     def __init__(self, function: Names) -> None:
         self.host = function.host
+        self.local = set(syntax.stored(function.tree)) - syntax.declared(function.tree)
         self.cut: ast.expr | None = None
         for node in ast.walk(function.tree):
             if isinstance(node, ast.Subscript) and self._is_group(node):
@@ -171,10 +244,25 @@ class _Grouped(ast.NodeTransformer):
         return any(n.id in self.host for n in syntax.loaded(bound))
 
     def _is_split(self, node: ast.Call) -> bool:
-        name, _ = syntax.called(node)
-        return name in ("split", "split_with_sizes") and any(
-            isinstance(a, ast.Name) and a.id in self.host for a in node.args
-        )
+        return syntax.called(node)[0] in ("split", "split_with_sizes") and any(map(self._is_sizes, node.args))
+
+    def _is_sizes(self, node: ast.expr) -> bool:
+        if isinstance(node, ast.Call):
+            return ast.unparse(node.func) == f"{HELPERS}.Sizes"
+        return isinstance(node, ast.Name) and node.id in self.host
+
+    def visit_Assign(self, node: ast.Assign) -> ast.AST:
+        self.generic_visit(node)
+        target = node.targets[0]
+        if len(node.targets) != 1 or not isinstance(target, ast.Subscript) or not self._is_group(target):
+            return node
+        if not isinstance(target.value, ast.Name) or target.value.id not in self.local:
+            return node
+        assert isinstance(target.slice, ast.Slice)
+        name, bounds = target.value.id, (target.slice.lower or number(0), target.slice.upper or ast.Constant(None))
+        new = ast.Assign([ast.Name(name, ast.Store())], call("place", read(name), *bounds, node.value))
+        at_place(new, node)
+        return new
 
     def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
         self.generic_visit(node)
@@ -192,7 +280,7 @@ class _Grouped(ast.NodeTransformer):
             return node.args[0]
         dim = [k.value for k in node.keywords if k.arg in ("dim", "axis")]
         if self._is_split(node) and on is not None and len(dim) == len(node.keywords):
-            sizes = next(a for a in node.args if isinstance(a, ast.Name) and a.id in self.host)
+            sizes = next(filter(self._is_sizes, node.args))
             rest = node.args[node.args.index(sizes) + 1 :]
             new = call("split", on, sizes, *(dim or rest or [number(0)]))
             at_place(new, node)

@@ -33,14 +33,20 @@ library.define("mark(Tensor[] evidence, str kind, int[] numbers) -> ()")
 library.define("segment(Tensor rows, Tensor sizes, int index, bool ends) -> Tensor")
 # the rows of all groups one after the other again, as many as ``like`` has
 library.define("join(Tensor[] parts, Tensor like) -> Tensor")
+# ``buffer`` with ``rows`` written over the rows of group ``index``
+library.define("store(Tensor buffer, Tensor rows, Tensor sizes, int index, bool ends) -> Tensor")
+# numbers that the original program fetched to the host here: later writes do not reach them
+library.define("listed(Tensor values) -> Tensor")
 # two rows of the kind of ``rows``: an input for a probe
 library.define("blank(Tensor rows) -> Tensor")
 
 mark = torch.ops.moe_compile.mark.default
 segment = torch.ops.moe_compile.segment.default
 join = torch.ops.moe_compile.join.default
+store = torch.ops.moe_compile.store.default
+listed = torch.ops.moe_compile.listed.default
 blank = torch.ops.moe_compile.blank.default
-OPS = (mark, segment, join, blank)
+OPS = (mark, segment, join, store, listed, blank)
 
 
 @torch.library.register_fake("moe_compile::mark")
@@ -57,6 +63,16 @@ def _segment(rows: Tensor, sizes: Tensor, index: int, ends: bool) -> Tensor:
 @torch.library.register_fake("moe_compile::join")
 def _join(parts: Sequence[Tensor], like: Tensor) -> Tensor:
     return parts[0].new_empty(like.shape[0], *parts[0].shape[1:])
+
+
+@torch.library.register_fake("moe_compile::store")
+def _store(buffer: Tensor, rows: Tensor, sizes: Tensor, index: int, ends: bool) -> Tensor:
+    return torch.empty_like(buffer)
+
+
+@torch.library.register_fake("moe_compile::listed")
+def _listed(values: Tensor) -> Tensor:
+    return torch.empty_like(values)
 
 
 @torch.library.register_fake("moe_compile::blank")

@@ -113,6 +113,11 @@ def without_host(expr: ast.expr) -> tuple[ast.expr, bool]:
     return expr, False
 
 
+def is_list(expr: ast.expr) -> bool:
+    """``x.tolist()``, ``x.cpu().numpy()``: numbers of a tensor, fetched to the host."""
+    return without_host(expr)[1] and isinstance(expr, ast.Call) and called(expr)[0] != "item"
+
+
 def is_hit_list(expr: ast.expr, origins: dict[str, list[ast.expr]], depth: int = 3) -> bool:
     """Whether an expression is a list of the experts that were hit, as far as syntax can tell."""
     for node in ast.walk(expr):
@@ -138,6 +143,11 @@ def root_name(expr: ast.expr) -> str | None:
     while isinstance(expr, (ast.Attribute, ast.Subscript, ast.Call)):
         expr = expr.func if isinstance(expr, ast.Call) else expr.value
     return expr.id if isinstance(expr, ast.Name) else None
+
+
+def declared(node: ast.AST) -> set[str]:
+    """Names that are ``global`` or ``nonlocal``."""
+    return {name for n in ast.walk(node) if isinstance(n, (ast.Global, ast.Nonlocal)) for name in n.names}
 
 
 def stored(node: ast.AST) -> Iterator[str]:

@@ -14,7 +14,8 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from . import effects
 from .marks import blank as blank
-from .marks import join, mark, segment
+from .marks import join, mark, segment, store
+from .marks import listed as listed
 
 LIMIT = 8  # loops over more experts are traced for two of them; tests change it
 
@@ -172,7 +173,7 @@ class Sizes:
     """Rows per expert ``[E]``, or their running sum, where the original program had Python numbers."""
 
     def __init__(self, sizes: Tensor, running: bool, experts: int | None = None) -> None:
-        self.sizes, self.running = sizes, running
+        self.sizes, self.running = listed(sizes), running
         self.experts = sizes.shape[0] if experts is None else experts
 
     def __len__(self) -> int:
@@ -189,6 +190,16 @@ def rows(source: Any, start: Any, stop: Any) -> Any:
             raise ValueError("this is not one group of rows")
         return segment(source, stop.sizes, stop.index, stop.running)
     return source[start:stop]
+
+
+def place(target: Any, start: Any, stop: Any, value: Any) -> Any:
+    """``target`` after ``target[start:stop] = value``."""
+    if isinstance(stop, Entry):
+        if not stop.ends or begin(start) != stop.index:
+            raise ValueError("this is not one group of rows")
+        return store(target, value, stop.sizes, stop.index, stop.running)
+    target[start:stop] = value
+    return target
 
 
 def split(source: Any, sizes: Any, dim: int = 0) -> Any:

@@ -5,15 +5,17 @@ Also for lists of the experts that were hit: ``nonzero(counts > 0)``, ``unique(i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 from torch import fx
 
-from ..canonical import shape_of
+from ..canonical import shape_of, value
 from ..loops import marks
 from .engine import Engine, Rules, argument, aten, is_integer
-from .facts import Atom, Counts, Fact, Gate, Index, Leaf, Rows, Val, names, refuse, same
+from .facts import Atom, Counts, Fact, Filled, Gate, Index, Leaf, Rows, Val, names, refuse, same
 from .layer import chosen_from
 from .routing import ids_dims
 from .scatter import _scatter_add
@@ -79,10 +81,15 @@ def _join(engine: Engine, node: fx.Node) -> Any:
     order = getattr(source, "rows", None)
     if order is None or order.kind != "sorted":
         return None
+    return _in_order(node, vals, order)
+
+
+def _in_order(node: fx.Node, vals: Sequence[Val], order: Rows) -> Val | None:
+    """The rows of all experts in sorted order, from the group of each."""
     first = vals[0]
     for e, v in enumerate(vals):
         if v.rows != Rows("hit", order.ids, e, order.order, grouped=True):
-            raise refuse("MC208", f"group {v.rows.expert} of rows stands at place {e}", node)
+            raise refuse("MC208", f"the rows of expert {e} are not those of group {e}", node)
         if v.x != first.x or v.expr != first.expr or len(v.slots) != len(first.slots):
             raise refuse("MC201", f"expert {e} computes something else than expert 0", node)
         if v.gate is not None or v.gate_in is not None:
@@ -97,6 +104,41 @@ def _join(engine: Engine, node: fx.Node) -> Any:
         slots.append(replace(slot, weight=weight))
     expr = renumber(first.expr, list(range(len(slots))))
     return replace(first, dims=(row, first.dims[1]), rows=order, slots=tuple(slots), expr=expr)
+
+
+@dataclass(frozen=True)
+class Stored(Fact):
+    """A fresh buffer of one row per pair, with what the first experts made of their groups."""
+
+    vals: tuple[Val, ...]
+
+
+def _store(engine: Engine, node: fx.Node) -> Any:
+    """``y[start:end] = rows``: group after group, the rows of all experts."""
+    buffer, source, sizes, index, running = node.args
+    assert isinstance(buffer, fx.Node) and isinstance(source, fx.Node)
+    fact, val, counts = engine.fact(buffer), engine.fact(source), counts_of(engine, engine.fact(sizes))
+    if not isinstance(fact, (Filled, Stored)) or not isinstance(val, Val) or not val.slots or val.rows is None:
+        return None
+    if len(buffer.users) > 1:
+        raise refuse("MC204", "the buffer of the experts' rows is read or written elsewhere meanwhile", node)
+    vals = (*(fact.vals if isinstance(fact, Stored) else ()), val)
+    row, width = shape_of(buffer)[0], shape_of(buffer)[1:]
+    if value(buffer).dtype != value(source).dtype or not all(map(same, width, shape_of(source)[1:])):
+        raise refuse("MC302", "the buffer of the experts' rows has another dtype or width than they", node)
+    if counts is None or counts.ids != val.rows.ids or counts.ends != running or index != len(vals) - 1:
+        raise refuse("MC207", f"group {index} of rows is stored at another place than it comes from", node)
+    if not same(row, prod(shape_of(val.rows.ids.node))):
+        raise refuse("MC207", "the buffer of the experts' rows has more or fewer rows than there are pairs", node)
+    if len(vals) < counts.dims[0][0].size:
+        return Stored(fact.dims, vals)
+    return _in_order(node, vals, Rows("sorted", val.rows.ids, order=val.rows.order))
+
+
+def _listed(engine: Engine, node: fx.Node) -> Any:
+    """Numbers fetched to the host: what their tensor meant then."""
+    fact = engine.fact(node.args[0])
+    return fact if isinstance(fact, (Index, Hits, Counts, Gate)) else None
 
 
 def _positive(engine: Engine, node: fx.Node) -> Any:
@@ -161,7 +203,7 @@ def _scatter_reduce(engine: Engine, node: fx.Node) -> Any:
 
 
 RULES: Rules = {
-    marks.segment: _segment, marks.join: _join,
+    marks.segment: _segment, marks.join: _join, marks.store: _store, marks.listed: _listed,
     aten.gt.Scalar: _positive, aten.greater.Scalar: _positive, aten.ne.Scalar: _positive, aten.ge.Scalar: _positive,
     aten.not_equal.Scalar: _positive,
     aten.nonzero.default: _hit_list, aten.where.default: _hit_list, aten.nonzero_numpy.default: _hit_list,

@@ -37,15 +37,12 @@ class DeepSeekMoE(nn.Module):
         self.experts = nn.ModuleList(SwiGLU() for _ in range(E))
         self.shared_experts = SwiGLU()
 
-    def counts(self, indices: Tensor) -> list[int]:
-        return torch.bincount(indices.flatten(), minlength=E).tolist()
-
     def forward(self, x: Tensor) -> Tensor:
         shape = x.size()
         x = x.view(-1, H)
         weights, indices = self.gate(x)
         y = torch.zeros_like(x)
-        counts = self.counts(indices)
+        counts = torch.bincount(indices.flatten(), minlength=E).tolist()
         for i in range(E):
             if counts[i] == 0:
                 continue
@@ -54,14 +51,7 @@ class DeepSeekMoE(nn.Module):
         return (y + self.shared_experts(x)).view(shape)
 
 
-class DeepSeekMoECaptured(DeepSeekMoE):
-    """Every expert runs."""
-
-    def counts(self, indices: Tensor) -> list[int]:
-        return [1] * E
-
-
-class DeepSeekFloat(DeepSeekMoECaptured):
+class DeepSeekFloat(DeepSeekMoE):
     """The later version: the sum in fp32, and a cast back."""
 
     def forward(self, x: Tensor) -> Tensor:

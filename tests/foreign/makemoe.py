@@ -33,9 +33,6 @@ class MakeMoE(nn.Module):
             nn.Sequential(nn.Linear(H, 4 * H), nn.ReLU(), nn.Linear(4 * H, H), nn.Dropout(0.1)) for _ in range(E)
         )
 
-    def hit(self, mask: Tensor) -> bool:
-        return bool(mask.any())
-
     def forward(self, x: Tensor) -> Tensor:
         gates, ids = self.router(x)
         final = torch.zeros_like(x)
@@ -43,14 +40,7 @@ class MakeMoE(nn.Module):
         for i, expert in enumerate(self.experts):
             mask = (ids == i).any(dim=-1)
             flat_mask = mask.view(-1)
-            if self.hit(flat_mask):
+            if flat_mask.any():
                 weighted = expert(flat_x[flat_mask]) * flat_gates[flat_mask, i].unsqueeze(1)
                 final[mask] += weighted.squeeze(1)
         return final
-
-
-class MakeMoECaptured(MakeMoE):
-    """Without the test."""
-
-    def hit(self, mask: Tensor) -> bool:
-        return True

@@ -62,9 +62,6 @@ class VllmReference(nn.Module):
         self.gate = nn.Linear(H, E, bias=False)
         self.w1, self.w2 = stack(2 * INTER, H), stack(H, INTER)
 
-    def hit(self, mask: Tensor) -> bool:
-        return bool(mask.sum())
-
     def forward(self, a: Tensor) -> Tensor:
         count = a.shape[0]
         weight, ids = torch.topk(torch.softmax(self.gate(a), dim=-1, dtype=torch.float32), K)
@@ -73,15 +70,8 @@ class VllmReference(nn.Module):
         weight, ids = weight.view(-1), ids.view(-1)
         for i in range(self.w1.shape[0]):
             mask = ids == i
-            if self.hit(mask):
+            if mask.sum():
                 h = a[mask] @ self.w1[i].transpose(0, 1)
                 h = F.silu(h[..., :INTER]) * h[..., INTER:]
                 out[mask] = h @ self.w2[i].transpose(0, 1)
         return (out.view(count, -1, self.w2.shape[1]) * weight.view(count, -1, 1).to(out.dtype)).sum(dim=1)
-
-
-class VllmReferenceCaptured(VllmReference):
-    """Every expert runs."""
-
-    def hit(self, mask: Tensor) -> bool:
-        return True

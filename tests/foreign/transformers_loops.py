@@ -21,24 +21,15 @@ class Mixtral(nn.Module):
         weights /= weights.sum(dim=-1, keepdim=True)
         return weights.to(x.dtype), selected
 
-    def visited(self, mask: Tensor) -> object:
-        return range(E)
-
-    def rows(self, x: Tensor, top_x: Tensor) -> Tensor:
-        return x[None, top_x].reshape(-1, H)
-
-    def scale(self, weights: Tensor, top_x: Tensor, idx: Tensor) -> Tensor:
-        return weights[top_x, idx, None]
-
     def forward(self, states: Tensor) -> Tensor:
         batch, length, _ = states.shape
         states = states.view(-1, H)
         weights, selected = self.route(states)
         final = torch.zeros((batch * length, H), dtype=states.dtype, device=states.device)
         mask = F.one_hot(selected, num_classes=E).permute(2, 1, 0)
-        for expert_idx in self.visited(mask):
+        for expert_idx in range(E):
             idx, top_x = torch.where(mask[expert_idx].squeeze(0))
-            current = self.experts[expert_idx](self.rows(states, top_x)) * self.scale(weights, top_x, idx)
+            current = self.experts[expert_idx](states[None, top_x].reshape(-1, H)) * weights[top_x, idx, None]
             final.index_add_(0, top_x, current.to(states.dtype))
         return self.finish(states, final).reshape(batch, length, H)
 
@@ -47,20 +38,43 @@ class Mixtral(nn.Module):
 
 
 class MixtralLists(Mixtral):
-    """4.36: the indices as Python lists."""
+    """4.36: the indices as Python lists, experts without tokens skipped."""
 
-    def rows(self, x: Tensor, top_x: Tensor) -> Tensor:
-        return x[None, top_x.tolist()].reshape(-1, H)
-
-    def scale(self, weights: Tensor, top_x: Tensor, idx: Tensor) -> Tensor:
-        return weights[top_x.tolist(), idx.tolist(), None]
+    def forward(self, states: Tensor) -> Tensor:
+        batch, length, _ = states.shape
+        states = states.view(-1, H)
+        weights, selected = self.route(states)
+        final = torch.zeros((batch * length, H), dtype=states.dtype, device=states.device)
+        mask = F.one_hot(selected, num_classes=E).permute(2, 1, 0)
+        for expert_idx in range(E):
+            expert_layer = self.experts[expert_idx]
+            idx, top_x = torch.where(mask[expert_idx])
+            if top_x.shape[0] == 0:
+                continue
+            top_x_list, idx_list = top_x.tolist(), idx.tolist()
+            current = states[None, top_x_list].reshape(-1, H)
+            current = expert_layer(current) * weights[top_x_list, idx_list, None]
+            final.index_add_(0, top_x, current.to(states.dtype))
+        return final.reshape(batch, length, H)
 
 
 class MixtralHit(Mixtral):
     """4.55: only the experts that were hit."""
 
-    def visited(self, mask: Tensor) -> object:
-        return torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero()
+    def forward(self, states: Tensor) -> Tensor:
+        batch, length, _ = states.shape
+        states = states.view(-1, H)
+        weights, selected = self.route(states)
+        final = torch.zeros((batch * length, H), dtype=states.dtype, device=states.device)
+        mask = F.one_hot(selected, num_classes=E).permute(2, 1, 0)
+        expert_hit = torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero()
+        for expert_idx in expert_hit:
+            expert_layer = self.experts[expert_idx]
+            idx, top_x = torch.where(mask[expert_idx].squeeze(0))
+            current = states[None, top_x].reshape(-1, H)
+            current = expert_layer(current) * weights[top_x, idx, None]
+            final.index_add_(0, top_x, current.to(states.dtype))
+        return final.reshape(batch, length, H)
 
 
 class Olmoe(Mixtral):
