@@ -11,16 +11,18 @@ import linecache
 import re
 from collections.abc import Iterable
 
-from moe_compile.loops import syntax
+from moe_compile.loops import substitution, syntax
 from moe_compile.report import NOT_CAPTURED, Site
 from moe_compile.torch_breaks import Break
 
 _MOE = re.compile(r"topk|one_hot|expert|router|moe", re.IGNORECASE)
-_DATA = re.compile(r"data.dependent|dynamic shape|unbacked|specialized integer", re.IGNORECASE)
+_DATA = re.compile(r"data.dependent|dynamic shape|unbacked|specialized integer|tensor\.item\(", re.IGNORECASE)
 _DISABLED = re.compile(r"skip inlining|disable|marked as skipped|hook", re.IGNORECASE)
 _HIT_LIST = re.compile(r"\.nonzero\(|\.unique\(|argwhere\(")
 _PYTHON_LIST = re.compile(r"\.tolist\(|\.item\(|\.numpy\(|\bint\(")
 _BRANCH = re.compile(r"^(if|elif|while|assert)\b|\.any\(|\.all\(|\.numel\(|\blen\(")
+
+_Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def sites(breaks: Iterable[Break]) -> list[Site]:
@@ -31,31 +33,37 @@ def sites(breaks: Iterable[Break]) -> list[Site]:
         code = _code(found, function)
         if code is not None:
             start = function.lineno if function is not None else found.line
-            out.setdefault((code, found.file, start), _site(found, code))
+            out.setdefault((code, found.file, start), _site(found, code, function))
     return list(out.values())
 
 
-def _site(found: Break, code: str) -> Site:
+def _site(found: Break, code: str, function: _Function | None) -> Site:
     where = f"{found.file}:{found.line}"
     source = linecache.getline(found.file, found.line).strip()
     shown = f" (`{source}`)" if source else ""
+    if function is not None:
+        first = min([function.lineno, *(d.lineno for d in function.decorator_list)])
+        miss = substitution.miss(found.file, first)
+        if miss is not None:  # without the break the layer would be refused all the same: that reason counts
+            why = f"{miss.reason}; so the loop keeps its graph break at {where}{shown}"
+            return Site(NOT_CAPTURED, "graph break", miss.code, why, miss.location or where)
     return Site(
         NOT_CAPTURED,
         form="graph break",
         code=code,
         reason=f"graph break at {where}{shown}: {found.reason}",
         location=where,
-        fix=_fix(code, where, source),
+        fix=_fix(code, where, source, function),
     )
 
 
-def _fix(code: str, where: str, source: str) -> str:
+def _fix(code: str, where: str, source: str, function: _Function | None) -> str:
     if code == "MC101" and _PYTHON_LIST.search(source):
         return (
             f"replace the Python numbers at {where} by a loop over range(num_experts) with "
             "torch.where(ids == e), or call moe_compile.fused_experts with stacked weights"
         )
-    if code == "MC101" and not _asks_for_emptiness(source):
+    if code == "MC101" and not _asks_for_emptiness(source, function):
         return (
             f"the branch at {where} depends on tensor values: compute both sides and choose with torch.where, "
             "or keep the original layer"
@@ -70,13 +78,15 @@ def _fix(code: str, where: str, source: str) -> str:
     return ""  # the table's advice says it
 
 
-def _asks_for_emptiness(source: str) -> bool:
-    """Whether a line is an ``if`` on whether something has an element."""
-    try:
-        (statement,) = ast.parse(source.rstrip() + "\n    pass").body
-    except (SyntaxError, ValueError):
-        return False
-    return isinstance(statement, ast.If) and syntax.emptiness(statement.test, set()) is not None
+def _asks_for_emptiness(source: str, function: _Function | None) -> bool:
+    """Whether a line is an ``if`` on whether something has an element, with nothing to do if it has none."""
+    for node in ast.walk(function) if function is not None else ():
+        if isinstance(node, ast.If) and ast.unparse(node.test) in source and source.startswith("if "):
+            test = syntax.emptiness(node.test, set())
+            if test is not None:
+                other = node.orelse if test.nonempty else node.body
+                return all(isinstance(s, (ast.Pass, ast.Continue)) for s in other)
+    return False
 
 
 def _code(found: Break, function: ast.AST | None) -> str | None:
@@ -119,13 +129,13 @@ def _looks_like_moe(found: Break, function: ast.AST | None) -> bool:
     return bool(_MOE.search(ast.unparse(function)))
 
 
-def _enclosing(file: str, line: int) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
+def _enclosing(file: str, line: int) -> _Function | None:
     """The innermost function around a line, None when the source cannot be read."""
     try:
         tree = ast.parse("".join(linecache.getlines(file)))
     except (SyntaxError, ValueError):
         return None
-    best: ast.FunctionDef | ast.AsyncFunctionDef | None = None
+    best: _Function | None = None
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             inside = node.lineno <= line <= (node.end_lineno or node.lineno)

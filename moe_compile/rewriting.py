@@ -38,6 +38,7 @@ class Result:
     plans: list[lower.Plan] = field(default_factory=list)
     original: fx.Graph | None = None
     broken: list[claims.Broken] = field(default_factory=list)  # what rewritten loops assumed and nobody could prove
+    miss: substitution.Miss | None = None  # the nearest one, for rewritten loops
 
 
 def facts_of(copy: Canonical) -> Engine:
@@ -107,6 +108,13 @@ def _analyse(gm: fx.GraphModule) -> Result:
     done = {plan.found.routing.ids.node for plan in result.plans}
     result.sites += near_miss.refusals(engine, candidates, refused, done)
     result.broken = claims.check(engine, layers)
+    for site in result.sites:
+        if site.code is not None:
+            result.miss = substitution.Miss(site.code, site.reason, site.location)
+            return result
+    for error in (b.error for b in result.broken[:1]):
+        location = near_miss.where(copy, error.node) if isinstance(error.node, fx.Node) else ""
+        result.miss = substitution.Miss(error.code, error.reason, location)
     return result
 
 
@@ -124,8 +132,10 @@ def rewrite_graph(gm: fx.GraphModule) -> Result:
             substitution.trace_again(())
         raise
     if marked and (result.broken or lower.has_marks(gm) or effects.changed()):
+        if effects.changed():
+            result.miss = substitution.Miss("MC214", "Python state changes only for experts with tokens", "")
         log.debug("rewritten loops are not proved: %s", "; ".join(str(b.error) for b in result.broken) or result.sites)
-        substitution.trace_again(b.site for b in result.broken)
+        substitution.trace_again((b.site for b in result.broken), result.miss)
     return result
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dis
 import logging
+import os
 import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -129,19 +130,20 @@ def dynamo_config(**changes: Any) -> Iterator[None]:
 
 
 def user_frame(node: fx.Node) -> str:
-    """``file:line`` of the user's code that made a node, skipping torch's own files; "" if unknown."""
+    """``file:line`` of the user's code that made a node, skipping torch's own files and ours; "" if unknown."""
     trace = node.meta.get("stack_trace") or ""
     found = ""
     for line in trace.splitlines():
         line = line.strip()
         if line.startswith('File "'):
             path, _, rest = line[6:].partition('"')
-            if "/torch/" not in path:
+            if "/torch/" not in path and not path.startswith(_LOOPS):
                 number = rest.split("line ", 1)[-1].split(",", 1)[0]
                 found = f"{path}:{number}"
     return found
 
 
+_LOOPS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "loops", "")  # what rewritten loops call
 _backends: list[Any] = []  # compared by identity: backends need not be hashable
 _WRAPPER_ATTRIBUTES = ("_torchdynamo_orig_backend", "compiler_fn", "__wrapped__", "func")
 

@@ -12,7 +12,7 @@ import types
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from .. import torch_breaks, torch_compat
 from . import effects
@@ -23,6 +23,17 @@ from .source import source_of
 TOP = 2
 SITES = 1000  # of one function
 _functions: list[types.CodeType] = []  # by number
+
+
+class Miss(NamedTuple):
+    """Why the rewritten loops of a function could not be proved to mean what was written."""
+
+    code: str
+    reason: str
+    location: str
+
+
+_misses: dict[int, Miss] = {}  # by number, of the latest compilation
 
 
 @dataclass
@@ -57,6 +68,8 @@ def choose(code: types.CodeType) -> types.CodeType | None:
     if _current.trace is None or not _may_loop(code):
         return None
     number = _number_of(code)
+    if number not in _current.trace.levels:
+        _misses.pop(number, None)
     level = _current.trace.levels.get(number, TOP)
     while level and _rewritten(number, level) is None:
         level -= 1
@@ -83,11 +96,21 @@ def retreat(sites: Iterable[int] | None = None) -> bool:
     return bool(numbers)
 
 
-def trace_again(sites: Iterable[int]) -> NoReturn:
+def trace_again(sites: Iterable[int], why: Miss | None = None) -> NoReturn:
     """From inside the backend: ``retreat`` for the functions of these sites, all that were met when there are none."""
+    sites = set(sites)
+    if why is not None and _current.trace is not None:
+        numbers = {site // SITES for site in sites} & _current.trace.used or _current.trace.used
+        _misses.update(dict.fromkeys(numbers, why))
     if not retreat(sites) and not retreat():
         raise AssertionError("a graph has marks of rewritten loops, but no function was rewritten")
     raise torch_compat.TraceAgain("a loop over experts is not what it looked like")
+
+
+def miss(file: str, line: int) -> Miss | None:
+    """Why the loops of the function that begins at ``line`` were not rewritten, if that was tried."""
+    known = ((_functions[number], why) for number, why in _misses.items())
+    return next((why for code, why in known if (code.co_filename, code.co_firstlineno) == (file, line)), None)
 
 
 @lru_cache(maxsize=4096)

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from moe_compile.patterns._examples import GatedMLP, Layer
@@ -12,6 +14,7 @@ from support import relative, rewritten
 from torch import nn
 from torch.nn import functional as F
 
+import moe_compile
 from moe_compile.loops import traced
 
 
@@ -370,11 +373,13 @@ class PerExpertScale(Loop):
         return out
 
 
-LEFT = (
-    Threshold, OtherExpertsTest, OtherTensorsTest, Counter, ModuleCounter, ElseBranch, LoadUpdate, HitsOfOther,
-    HitsCut, Busy, WrongCounts, Joined, Broken, OddActivation, OddSize, OddBias, Shared, Hooked, Scales,
-    Growing, Carried, Listed, PerExpertScale,
-)  # fmt: skip
+LEFT = {
+    Threshold: "MC101", OtherExpertsTest: "MC214", OtherTensorsTest: "MC214", Counter: "MC214", ModuleCounter: "MC214",
+    ElseBranch: "MC101", LoadUpdate: "MC214", HitsOfOther: "MC214", HitsCut: "MC214", Busy: "MC214",
+    WrongCounts: "MC207", Joined: "MC303", Broken: "MC101", OddActivation: "MC201", OddSize: "MC201", OddBias: "MC201",
+    Shared: "MC202", Hooked: "MC201", Scales: "MC201", Growing: "MC201", Carried: "MC208", Listed: "MC203",
+    PerExpertScale: "MC303",
+}  # fmt: skip
 
 
 def inputs(layer):
@@ -414,6 +419,26 @@ def test_is_left_alone_and_right(kind):
     torch.manual_seed(0)
     outcome = compared(kind().eval())
     assert "experts.default" not in outcome.ops
+
+
+@pytest.mark.parametrize("kind", LEFT)
+def test_explain_names_the_line_the_fact_and_the_edit(kind):
+    torch.manual_seed(0)
+    layer = kind().eval()
+    report = moe_compile.explain(layer, inputs(layer)[0])
+    (site,) = report.sites
+    assert site.status != "rewritten" and site.code == LEFT[kind]
+    path, _, line = site.location.rpartition(":")
+    own = inspect.getsourcelines(kind.forward if "forward" in vars(kind) else Plain.forward)
+    assert path == __file__ and own[1] <= int(line) < own[1] + len(own[0])
+    shown = str(report)
+    assert site.location in shown and site.code in shown and "fix: " in shown
+
+
+@pytest.mark.parametrize("kind", [ElseBranch, OtherTensorsTest, ModuleCounter])
+def test_no_advice_to_remove_a_test_that_matters(kind):
+    layer = kind().eval()
+    assert "remove the test" not in str(moe_compile.explain(layer, inputs(layer)[0]))
 
 
 @pytest.mark.parametrize("kind", [Loop, Plain, Before, NextExpert, Special])
