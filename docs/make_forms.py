@@ -117,8 +117,8 @@ def page(known: dict[str, dict[str, str]]) -> str:
 def main(argv: list[str]) -> None:
     known = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     known = {v: rows for v, rows in known.items() if v.rpartition(".")[0] != VERSION.rpartition(".")[0]}
-    rows = {f"{name_of(form)}.{example.__name__}": outcome(form, example) for form in FORMS for example in form.EXAMPLES}
-    known[VERSION] = rows
+    every = [(form, example) for form in FORMS for example in form.EXAMPLES]
+    known[VERSION] = {f"{name_of(form)}.{example.__name__}": outcome(form, example) for form, example in every}
     if "--record" in argv:
         RECORD.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
     else:
