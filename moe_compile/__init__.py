@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moe_compile.checking import CheckResult, check
+    from moe_compile.decorator import NotRewritten, rewrite
     from moe_compile.explaining import explain
     from moe_compile.functional import fused_experts
     from moe_compile.huggingface import optimize, restore
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 _HOME = {
     "CheckResult": "checking",
     "MoEPass": "inductor_pass",
+    "NotRewritten": "decorator",
     "Report": "report",
     "Site": "report",
     "check": "checking",
@@ -30,11 +32,13 @@ _HOME = {
     "fused_experts": "functional",
     "optimize": "huggingface",
     "restore": "huggingface",
+    "rewrite": "decorator",
 }
 
 __all__ = [
     "CheckResult",
     "MoEPass",
+    "NotRewritten",
     "Report",
     "Site",
     "__version__",
@@ -43,6 +47,7 @@ __all__ = [
     "fused_experts",
     "optimize",
     "restore",
+    "rewrite",
 ]
 
 

@@ -11,6 +11,7 @@ import difflib
 import logging
 import os
 from collections.abc import Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -108,6 +109,10 @@ def enabled() -> bool:
     """Whether the package may rewrite anything; ``MOE_COMPILE=0`` says no."""
     raw = os.environ.get(ENV, "")
     return _parse_bool(ENV, raw) if raw else True
+
+
+# Functions decorated with ``rewrite`` run as they were written while this is set (``explain``, ``check``).
+AS_WRITTEN: ContextVar[bool] = ContextVar("moe_compile_as_written", default=False)
 
 
 def unknown_environment() -> list[str]:

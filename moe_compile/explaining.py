@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from moe_compile import breaks, torch_breaks
 from moe_compile.backend import attempt, moe_compile
-from moe_compile.config import Options
+from moe_compile.config import AS_WRITTEN, Options
 from moe_compile.report import NOT_CAPTURED, Report, Site, collect, record
 from moe_compile.torch_compat import TraceAgain
 
@@ -96,7 +96,10 @@ def unwrap(model: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def unchanged(model: Callable[..., Any]) -> Iterator[None]:
-    """Put buffers, training flags and the random state back at the end of the ``with`` block."""
+    """Put buffers, training flags and the random state back at the end of the ``with`` block.
+
+    What is decorated with ``rewrite`` runs as it was written inside.
+    """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     training = [m.training for m in modules]
     buffers: list[tuple[nn.Module, str, Tensor, Tensor]] = [
@@ -107,9 +110,11 @@ def unchanged(model: Callable[..., Any]) -> Iterator[None]:
     ]
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices):
+        token = AS_WRITTEN.set(True)
         try:
             yield
         finally:
+            AS_WRITTEN.reset(token)
             with torch.no_grad():
                 for module, name, buffer, before in buffers:
                     module._buffers[name] = buffer

@@ -7,6 +7,7 @@ the next lower one, and the frame is traced again.
 
 from __future__ import annotations
 
+import logging
 import threading
 import types
 from collections.abc import Iterable
@@ -20,6 +21,7 @@ from .rewriting import Function
 from .shrinking import shrink
 from .source import source_of
 
+log = logging.getLogger("moe_compile.loops")
 TOP = 2
 SITES = 1000  # of one function
 _functions: list[types.CodeType] = []  # by number
@@ -91,6 +93,10 @@ def retreat(sites: Iterable[int] | None = None) -> bool:
     numbers = trace.used & {site // SITES for site in sites} if sites is not None else set(trace.used)
     for number in numbers:
         trace.levels[number] -= 1
+        if trace.levels[number] == 0 and number in _misses:
+            code, why = _functions[number], _misses[number]
+            log.info("the loops of %s (%s:%d) are traced as written: %s %s %s", code.co_name, code.co_filename,
+                     code.co_firstlineno, why.code, why.reason, why.location)  # fmt: skip
     if numbers:
         torch_breaks.forget(trace.breaks)
     return bool(numbers)
