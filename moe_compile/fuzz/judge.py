@@ -27,6 +27,8 @@ from .tracing import Traced, traced
 FLOOR = {torch.float32: 1e-7, torch.float64: 1e-15, torch.bfloat16: 1e-3, torch.float16: 1e-4}
 COSINE = {torch.float32: 0.99999, torch.bfloat16: 0.9999, torch.float16: 0.9999}
 FACTOR = 2.0
+POOL = 40  # inputs that tell both errors
+SLACK = 10.0  # times the original's own error: up to here one output may be unlucky, and the pool decides
 INPUTS = 6  # further inputs that tell the original's own error
 
 
@@ -77,7 +79,10 @@ def _judge(p: Program) -> Verdict:
             return _verdict(case, result, "crash", traceback.format_exc(limit=-6))
         found = differences(ours, original, reference)
         if found:  # a lucky rounding of the original is no limit: take the worst of a few inputs
-            found = differences(ours, original, reference, _own_errors(p))
+            own = _own_errors(p)
+            found = differences(ours, original, reference, own)
+            if found and not differences(ours, original, reference, own, SLACK):
+                found = _pooled(p, result)
         found += [f"{name}: {text}" for name, text in _other_writes(before, _state(p, args), writes)]
         problems += [f"call {turn}: {text}" for text in found]
     rewritten = sum(s.status == REWRITTEN for s in result.sites)
@@ -133,14 +138,38 @@ def _own_errors(p: Program) -> list[tuple[Any, Any]]:
     return [_original(p, p.inputs(turn))[:2] for turn in range(2, 2 + INPUTS)]
 
 
-def differences(ours: Any, original: Any, reference: Any, others: Sequence[tuple[Any, Any]] = ()) -> list[str]:
+def _pooled(p: Program, result: Traced) -> list[str]:
+    """Outputs whose error, root mean square over many inputs, is too large: one small output says little."""
+    errors: list[list[tuple[float, float]]] = []
+    floors: list[float] = []
+    for turn in range(2, 2 + POOL):
+        args = p.inputs(turn)
+        original, reference, _ = _original(p, args)
+        state = {k: v.clone() for k, v in p.model.state_dict().items()}
+        torch.manual_seed(p.case.seed)
+        ours = result.call(*args)
+        p.model.load_state_dict(state)
+        outs = [tree_leaves(out) for out in (ours, original, reference)]
+        errors.append([(_relative(u, r), _relative(o, r)) for u, o, r in zip(*outs, strict=True)])
+        floors = [FLOOR[o.dtype] for o in outs[1]]
+    problems = []
+    for i, pairs in enumerate(zip(*errors, strict=True)):
+        mine, own = (math.sqrt(sum(e * e for e in column) / POOL) for column in zip(*pairs, strict=True))
+        if mine > FACTOR * own + floors[i]:
+            problems.append(f"output {i}: over {POOL} inputs error {mine:.2e} > {FACTOR} * {own:.2e} + {floors[i]:.0e}")
+    return problems
+
+
+def differences(
+    ours: Any, original: Any, reference: Any, others: Sequence[tuple[Any, Any]] = (), factor: float = FACTOR
+) -> list[str]:
     """What is wrong with the rewritten result, in words; ``others`` widen what the original's own error is."""
     runs = [Run(tree_leaves(out)) for out in (ours, original, reference)]
     problems = []
     for i, (u, o, r) in enumerate(zip(*(run.tensors for run in runs), strict=True)):
         own = [_relative(tree_leaves(a)[i], tree_leaves(b)[i]) for a, b in others]
-        floor = FLOOR[o.dtype] + max([0.0, *(FACTOR * (error - _relative(o, r)) for error in own)])
-        errors = compare(Run([u]), Run([o]), Run([r]), floor, FACTOR)
+        floor = FLOOR[o.dtype] + max([0.0, *(factor * (error - _relative(o, r)) for error in own)])
+        errors = compare(Run([u]), Run([o]), Run([r]), floor, factor)
         problems += errors.problems
         if errors.ok and cosine(u, r) < COSINE[o.dtype] <= cosine(o, r):
             problems.append(f"cosine {cosine(u, r):.6f}")

@@ -98,6 +98,28 @@ def _tolist(w: Writer) -> Lines:
     ]  # fmt: skip
 
 
+def _bins(w: Writer) -> Lines:
+    """MegaBlocks-like: borders on the host, every bin written into one buffer."""
+    buffer = w.pick("buffer", "torch.empty_like(rows)", "torch.zeros_like(rows)")
+    return [
+        "order = ids.flatten().sort(stable=True).indices",
+        "bins = torch.bincount(ids.flatten(), minlength=self.num_experts).cumsum(0)",
+        "rows = x[order // self.top_k]", f"y, start = {buffer}, 0", "for e, end in enumerate(bins.tolist()):",
+        *indent([f"y[start:end] = {w.expert('rows[start:end]')}", "start = end"]),
+        w.zeros(), "out.index_add_(0, order // self.top_k, (y * weights.flatten()[order, None]).to(x.dtype))",
+    ]  # fmt: skip
+
+
+def _inline(w: Writer) -> Lines:
+    """Lists of indices without a name."""
+    host = w.pick("host", ".tolist()", ".cpu().numpy()")
+    return [
+        w.zeros(), w.loop(),
+        *indent([_ROWS, f"y = {w.term(f'x[token{host}]', 'weights[token.tolist(), slot.tolist(), None]')}",
+                 "out.index_add_(0, token, y.to(x.dtype))"]),
+    ]  # fmt: skip
+
+
 def _slots(w: Writer) -> Lines:
     """The slots outside, the experts inside."""
     return [
@@ -133,6 +155,8 @@ LOOPS: dict[str, tuple[Callable[[Writer], Lines], bool]] = {
     "bincount_tolist": (_bincount, False),
     "moe_infer": (_moe_infer, False),
     "tolist_indices": (_tolist, False),
+    "bins": (_bins, False),
+    "tolist_inline": (_inline, False),
     "slot_then_expert": (_slots, False),
     "token_loop": (_tokens, False),
 }

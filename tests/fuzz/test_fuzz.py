@@ -198,6 +198,13 @@ def test_the_judge_sees(monkeypatch, change, text):
     assert verdict.kind == "wrong" and text in verdict.detail, verdict
 
 
+@pytest.mark.parametrize(("error", "kind"), [(1e-7, "ok"), (1e-3, "wrong")])
+def test_one_unlucky_rounding_is_forgiven_and_one_wrong_answer_is_not(monkeypatch, error, kind):
+    calls = []
+    verdict = spoiled(monkeypatch, lambda args, out: (calls.append(1), out + (len(calls) == 1) * error * out.norm())[1])
+    assert verdict.kind == kind and len(calls) > (40 if kind == "ok" else 0), verdict
+
+
 def test_the_judge_counts_misses_and_crashes(monkeypatch):
     def refuse(*_):
         raise NoMatch("MC207", "planted")
