@@ -73,13 +73,10 @@ def _split(poly: Poly, up: Atom) -> tuple[Poly, float] | None:
     factor: dict[tuple[Atom, ...], float] = {}
     rest: dict[tuple[Atom, ...], float] = {}
     for monomial, coefficient in poly:
-        count = monomial.count(up)
-        if count > 1:
-            return None
         remaining = list(monomial)
-        if count:
+        if up in monomial:
             remaining.remove(up)
-        (factor if count else rest)[tuple(remaining)] = coefficient
+        (factor if up in monomial else rest)[tuple(remaining)] = coefficient
     if not rest:
         return build(factor), 0.0
     if rest.keys() != factor.keys():
@@ -319,7 +316,7 @@ def _moves(node: fx.Node) -> bool:
 
 def _role(value: Any, columns: Tensor, gated: bool) -> tuple[str, bool] | None:
     width = columns.shape[1]
-    if not isinstance(value, Tensor) or value.dim() != 2 or value.shape[0] != 2:
+    if not isinstance(value, Tensor):
         return None
     roles = [("gate", False, columns)]
     if gated:
@@ -331,6 +328,6 @@ def _role(value: Any, columns: Tensor, gated: bool) -> tuple[str, bool] | None:
             ("up", True, columns[:, 1::2]),
         ]
     for name, interleaved, expected in roles:
-        if value.shape == expected.shape and torch.equal(value, expected):
+        if torch.equal(value, expected):
             return name, interleaved
     return None

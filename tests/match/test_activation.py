@@ -18,6 +18,19 @@ Pair = Callable[[Tensor, Tensor], Tensor]
 K = math.sqrt(2.0 / math.pi)
 
 
+_library = torch.library.Library("moe_compile_test", "DEF")
+_library.define("silu(Tensor x) -> Tensor")
+_library.impl("silu", torch.tanh, "CompositeExplicitAutograd")
+
+
+def written(x: Tensor) -> Tensor:
+    """Twice ``x``, by a write to another view of the same memory."""
+    h = x * 1.0
+    view = h.view(h.shape)
+    h.mul_(2.0)
+    return view
+
+
 def concatenated(fn: Pair) -> Callable[[Tensor], Tensor]:
     return lambda rows: fn(*rows.chunk(2, dim=-1))
 
@@ -108,6 +121,16 @@ REFUSED: dict[str, Pair] = {
     "an unsymmetric limit of up": lambda g, u: F.silu(g) * u.clamp(-0.5, 0.25),
     "an upper limit of up alone": lambda g, u: F.silu(g) * u.clamp(max=0.5),
     "a limit of the product": lambda g, u: (F.silu(g) * u).clamp(max=0.5),
+    "an offset of one half only": lambda g, u: (
+        0.5 * g * (1 + torch.erf(g / math.sqrt(2))) * u + 0.25 * g + 0.5 * g * torch.erf(g / math.sqrt(2))
+    ),
+    "silu times sigmoid": lambda g, u: F.silu(g) * torch.sigmoid(g) * u,
+    "sigmoid squared": lambda g, u: torch.sigmoid(g) ** 2 * u,
+    "up twice": lambda g, u: F.silu(g) * u * u,
+    "up limited by the defaults of hardtanh": lambda g, u: F.silu(g) * torch.ops.aten.hardtanh(u),
+    "rsub with alpha": lambda g, u: F.silu(g) * torch.rsub(u, 1.0, alpha=2.0),
+    "a view that is written": lambda g, u: F.silu(written(g)) * u,
+    "an operator of the same name": lambda g, u: torch.ops.moe_compile_test.silu(g) * u,
     "1 - exp": lambda g, u: g / (1 - torch.exp(-g)) * u,
     "exp of g plus a number": lambda g, u: g / (2 + torch.exp(-g)) * u,
     "erf with another constant": lambda g, u: 0.5 * g * (1 + torch.erf(g / 1.4)) * u,
