@@ -162,7 +162,7 @@ class _Declared:
             site = _nearest(missed, self.graphs)
             if Options.resolve(self.options).strict:
                 raise self.miss(site)
-            self.done = True
+            self.done = True  # before the warning, which may be an error by the user's choice
             message = f"{self.miss(site).reason}; the original runs"
             missed = [s for s in missed if s is not site]
             # The place to mend is the layer, not the line of torch that called it.

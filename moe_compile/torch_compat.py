@@ -148,10 +148,9 @@ def must_run_as_written() -> bool:
     """Whether a call that would start a compilation belongs to somebody else, or could not be compiled.
 
     An outer compilation that gave up this frame, a tracer (``make_fx``, ``torch.jit.trace``), a dispatch mode (flop
-    counter, fake tensors), a ``torch.func`` transform, or the stance ``force_eager``.
+    counter, fake tensors), or a ``torch.func`` transform.
     """
     from torch._C._dynamo.eval_frame import get_eval_frame_callback
-    from torch._dynamo import eval_frame
     from torch.fx._symbolic_trace import is_fx_symbolic_tracing
     from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
@@ -161,7 +160,6 @@ def must_run_as_written() -> bool:
         or is_fx_symbolic_tracing()
         or torch._C._get_tracing_state() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or eval_frame._stance.stance == "force_eager"
     )
 
 

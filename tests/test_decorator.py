@@ -20,8 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import moe_compile
 from moe_compile import bench, report
 from moe_compile.config import OptionError
-from moe_compile.decorator import NotRewritten
+from moe_compile.decorator import NotRewritten, _nearest
 from moe_compile.demo import Sample
+from moe_compile.report import Site
 from moe_compile.spec import NoMatch
 
 H, I, E, K = 16, 24, 4, 2
@@ -299,6 +300,12 @@ def test_tracers_and_transforms_see_the_original(use, ops):
     assert graphs_of(fast) == 1 and len(ops) == 1
 
 
+def test_fx_sees_the_original(ops):
+    inner = moe_compile.rewrite(type("Inner", (Dense,), {"forward": fresh_copy(Dense.forward)}))
+    traced = torch.fx.symbolic_trace(nn.Sequential(inner()))
+    assert any(n.target == "topk" for n in traced.graph.nodes) and not ops
+
+
 def test_export_sees_the_original(ops):
     module = moe_compile.rewrite(type("Inner", (Dense,), {"forward": fresh_copy(Dense.forward)}))()
     exported = torch.export.export(module, (torch.randn(6, H),))
@@ -343,6 +350,23 @@ def test_a_miss_is_one_line_at_the_definition(caplog):
     (warning,) = [w for w in told if w.category is NotRewritten]
     assert (warning.filename, warning.lineno) == (__file__, inspect.getsourcelines(capacity)[1])
     assert "\n" not in str(warning.message) and not caplog.records
+
+
+def test_a_warning_that_is_an_error_is_raised_once():
+    slow = moe_compile.rewrite(fresh_copy(capacity))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", NotRewritten)
+        with pytest.raises(NotRewritten, match="MC209"):
+            slow(*weights())
+        slow(*weights())
+
+
+def test_the_break_at_the_routing_comes_before_the_refusals_of_fragments():
+    fragment = Site("refused", code="MC200", reason="of a fragment")
+    cut, other = Site("not captured", code="MC101"), Site("not captured", code="MC105")
+    assert _nearest([fragment, cut]) is cut
+    assert _nearest([other, fragment]) is fragment
+    assert _nearest([other]) is other
 
 
 def test_another_refusal_is_logged(caplog, monkeypatch):
