@@ -24,7 +24,11 @@ log = logging.getLogger("moe_compile.backend")
 
 
 class RewriteError(RuntimeError):
-    """A refused candidate or a failed rewrite under ``strict``; the message names each."""
+    """A refused candidate or a failed rewrite under ``strict``; the message names each, ``sites`` holds them."""
+
+    def __init__(self, message: str, sites: Sequence[Site] = ()) -> None:
+        super().__init__(message)
+        self.sites = list(sites)
 
 
 def moe_compile(
@@ -76,13 +80,13 @@ def attempt(gm: fx.GraphModule, options: Options) -> Result:
         reason = f"the rewrite failed with {type(error).__name__}: {error}"
         result = Result([Site(REFUSED, code="MC508", reason=reason)])
         if options.strict:
-            raise RewriteError(reason) from error
+            raise RewriteError(reason, result.sites) from error
     for site in result.sites:
         record(site)
     refused = [s for s in result.sites if s.status == REFUSED]
     if options.strict and refused:
         lines = "; ".join(f"{s.code} {s.location}: {s.reason}" for s in refused)
-        raise RewriteError(f"{len(refused)} MoE candidate(s) were not rewritten: {lines}")
+        raise RewriteError(f"{len(refused)} MoE candidate(s) were not rewritten: {lines}", refused)
     return result
 
 

@@ -11,6 +11,7 @@ import torch
 
 from moe_compile import torch_breaks
 from moe_compile.backend import moe_compile as backend
+from moe_compile.config import AS_WRITTEN
 from moe_compile.demo import GatherLoop, Sample, naive
 
 BUDGET_S = 1.0  # of timed calls per program, after compilation
@@ -40,6 +41,7 @@ def speed(sample: Sample) -> dict[str, float]:
     tensors = [t for t in (*sample.args, *sample.kwargs.values()) if isinstance(t, torch.Tensor)]
     device = tensors[0].device if tensors else torch.device("cpu")
     out: dict[str, float] = {}
+    token = AS_WRITTEN.set(True)  # "eager" means it for what is decorated, too
     with torch.no_grad():
         for name in ("eager", "torch.compile", "moe_compile"):
             torch_breaks.reset()
@@ -47,6 +49,7 @@ def speed(sample: Sample) -> dict[str, float]:
             if name != "eager":
                 program = torch.compile(program, backend="inductor" if name == "torch.compile" else backend)
             out[name] = median_ms(lambda run=program: run(*sample.args, **sample.kwargs), device)  # type: ignore[misc]
+    AS_WRITTEN.reset(token)
     torch_breaks.reset()
     return out
 

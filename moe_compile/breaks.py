@@ -25,12 +25,15 @@ _BRANCH = re.compile(r"^(if|elif|while|assert)\b|\.any\(|\.all\(|\.numel\(|\blen
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def sites(breaks: Iterable[Break]) -> list[Site]:
-    """One "not captured" site per code and function, in the order of the breaks."""
+def sites(breaks: Iterable[Break], declared: bool = False) -> list[Site]:
+    """One "not captured" site per code and function, in the order of the breaks.
+
+    ``declared``: the user says that this is an MoE layer, whatever its code looks like.
+    """
     out: dict[tuple[str, str, int], Site] = {}
     for found in breaks:
         function = _enclosing(found.file, found.line)
-        code = _code(found, function)
+        code = _code(found, function, declared)
         if code is not None:
             start = function.lineno if function is not None else found.line
             out.setdefault((code, found.file, start), _site(found, code, function))
@@ -89,10 +92,10 @@ def _asks_for_emptiness(source: str, function: _Function | None) -> bool:
     return False
 
 
-def _code(found: Break, function: ast.AST | None) -> str | None:
+def _code(found: Break, function: ast.AST | None, declared: bool) -> str | None:
     source = linecache.getline(found.file, found.line).strip()
     if not _DATA.search(found.reason):
-        if not _looks_like_moe(found, function):
+        if not declared and not _looks_like_moe(found, function):
             return None
         return "MC104" if _DISABLED.search(found.reason) else "MC105"
     if _in_loop_over_hits(found, function):

@@ -156,13 +156,20 @@ _STYLE = (
 )
 
 _collectors: list[Report] = []
+_quiet: list[Report] = []  # the collectors whose owner tells what they hold
 _logged: set[tuple[str, str]] = set()
 
 
 def record(site: Site) -> None:
-    """Hand a site to every open collector and to the log (a refusal once per code and location)."""
+    """Hand a site to every open collector and, unless one of them is quiet, to the log."""
     for report in _collectors:
         report.sites.append(site)
+    if not _quiet:
+        tell(site)
+
+
+def tell(site: Site) -> None:
+    """Log a site: at WARNING what was not rewritten, once per code and location."""
     key = (site.code or "", site.location)
     if site.status == REWRITTEN or key in _logged:
         log.debug("%s %s %s %s", site.status, site.form, site.location, site.why())
@@ -178,14 +185,20 @@ def record(site: Site) -> None:
 
 
 @contextmanager
-def collect() -> Iterator[Report]:
-    """Collect the sites recorded inside the ``with`` block; its end logs the totals."""
+def collect(quiet: bool = False) -> Iterator[Report]:
+    """Collect the sites recorded inside the ``with`` block; its end logs the totals.
+
+    ``quiet``: the caller tells what was found, so the log does not.
+    """
     report = Report()
     _collectors.append(report)
+    if quiet:
+        _quiet.append(report)
     try:
         yield report
     finally:
-        _collectors[:] = [other for other in _collectors if other is not report]
+        for reports in (_collectors, _quiet):
+            reports[:] = [other for other in reports if other is not report]
         if report.sites:
             log.info("%s", report.totals())
 

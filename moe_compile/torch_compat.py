@@ -144,6 +144,39 @@ def user_frame(node: fx.Node) -> str:
 
 
 _LOOPS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "loops", "")  # what rewritten loops call
+def must_run_as_written() -> bool:
+    """Whether a call that would start a compilation belongs to somebody else, or could not be compiled.
+
+    An outer compilation that gave up this frame, a tracer (``make_fx``, ``torch.jit.trace``), a dispatch mode (flop
+    counter, fake tensors), or a ``torch.func`` transform.
+    """
+    from torch._C._dynamo.eval_frame import get_eval_frame_callback
+    from torch.fx._symbolic_trace import is_fx_symbolic_tracing
+    from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+    return (
+        get_eval_frame_callback() is not None
+        or is_in_torch_dispatch_mode()
+        or is_fx_symbolic_tracing()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def compiles_as_usual() -> bool:
+    """Whether a first call is compiled: False for ``TORCH_COMPILE_DISABLE=1`` and stances that put it off."""
+    from torch._dynamo import config, eval_frame
+
+    return not config.disable and eval_frame._stance.stance == "default"
+
+
+def backend_error(error: Exception) -> Exception:
+    """What a backend raised, without the exception that Dynamo wraps around it."""
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    return error.inner_exception if isinstance(error, BackendCompilerFailed) else error
+
+
 _backends: list[Any] = []  # compared by identity: backends need not be hashable
 _WRAPPER_ATTRIBUTES = ("_torchdynamo_orig_backend", "compiler_fn", "__wrapped__", "func")
 
