@@ -143,7 +143,6 @@ def user_frame(node: fx.Node) -> str:
     return found
 
 
-_LOOPS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "loops", "")  # what rewritten loops call
 def must_run_as_written() -> bool:
     """Whether a call that would start a compilation belongs to somebody else, or could not be compiled.
 
@@ -177,6 +176,7 @@ def backend_error(error: Exception) -> Exception:
     return error.inner_exception if isinstance(error, BackendCompilerFailed) else error
 
 
+_LOOPS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "loops", "")  # what rewritten loops call
 _backends: list[Any] = []  # compared by identity: backends need not be hashable
 _WRAPPER_ATTRIBUTES = ("_torchdynamo_orig_backend", "compiler_fn", "__wrapped__", "func")
 
