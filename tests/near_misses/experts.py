@@ -105,7 +105,7 @@ near(7, wrap(order=lambda step, s: [*step(), step()[1]]), each(LOOPS, "MC208"))
 near(8, override(name=lambda s, e: e + 1), each(LOOPS, "MC208"))
 near(8, wrap(names=lambda step, s, ids: step((ids + 1) % s.experts)),
      each((StackGather, Gathered, BatchedMM), "MC207"), "modulo E")  # fmt: skip
-near(8, wrap(counts=lambda step, s, ids: step((ids + 1) % s.experts)), {Grouped: "MC207 MC207"}, "in the offsets")
+near(8, wrap(counts=lambda step, s, ids: step((ids + 1) % s.experts)), {Grouped: "MC207"}, "in the offsets")
 
 
 def other_token(s, ids, e):
@@ -118,7 +118,7 @@ near(16, override(pick=other_token), each((Where, Stacked), "MC207 MC200"))
 near(16, wrap(read=lambda step, s, x, m: step(x.roll(1, 0), m)), {BoolMask: EQUAL}, "rows of another token")
 near(16, wrap(step=lambda step, s, out, x, w, ids, e, mlp: step(out, x, w, ids if e != 1 else ids.roll(1, 0), e, mlp)),
      each(LOOPS, "MC207 MC200", BoolMask="MC210 MC303"), "for one expert")  # fmt: skip
-near(16, wrap(token=lambda step, s, order: step(order.roll(1, 0))), {Grouped: "MC207"})
+near(16, wrap(token=lambda step, s, order: step(order.roll(1, 0))), {Grouped: "MC200"})
 
 near(17, wrap(weight=lambda step, s, w, token, slot: step(w, token, (slot + 1) % s.top_k)),
      each((Where, Stacked), "MC207"))  # fmt: skip

@@ -137,7 +137,8 @@ def write_weights_inside(name):
 
 
 near(51, wrap(route=write_logits), each(MAIN, EQUAL), "logits")
-near(51, wrap(mix=write_weights_after), each(MAIN, EQUAL), "weights and ids, after the layer")
+near(51, wrap(mix=write_weights_after), each(MAIN, EQUAL, Gathered="MC207", AllBmm="MC207"),
+     "weights and ids, after the layer")
 near(51, write_weights_inside("w"), each(LOOPS, "MC207"), "weights, inside the loop")
 near(51, write_weights_inside("ids"), each(LOOPS, "MC207 MC200", BoolMask="equal MC303"), "ids, inside the loop")
 
@@ -165,7 +166,7 @@ def capacity_weights(step, s, x):
 
 near(22, wrap(pick=first_two), {BoolMask: "MC209"})
 near(22, wrap(weight=first_two_dense), {Dense: "MC209"})
-near(22, wrap(sort=lambda step, s, ids: step(ids)[:8]), {Grouped: "MC207"})
+near(22, wrap(sort=lambda step, s, ids: step(ids)[:8]), {Grouped: "MC209"})
 near(22, wrap(route=capacity_weights), each(MAIN, EQUAL), "as zero weights")
 
 
