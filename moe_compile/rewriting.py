@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,7 @@ from .match.engine import Engine, Rule, ids_of
 from .match.facts import Sum
 from .match.layer import Found, rebased
 from .patterns import FORMS, grouped_mm, name_of
-from .report import REWRITTEN, Site
+from .report import REWRITTEN, Site, record
 from .spec import NoMatch
 
 topk = torch.ops.aten.topk.default
@@ -65,11 +66,16 @@ def _fallbacks(target: Any) -> tuple[Rule, ...]:
 def analyse_graph(gm: fx.GraphModule) -> Result:
     """Find and prove every MoE layer of ``gm``; changes nothing.
 
-    A graph of rewritten loops is not one to run: their functions are traced as written for the next attempt.
+    A graph of rewritten loops is not one to run: what was proved in it is recorded here, and their functions are
+    traced as they were written.
     """
-    if lower.has_marks(gm):
-        substitution.trace_again(())
-    return _analyse(gm)
+    if not lower.has_marks(gm):
+        return _analyse(gm)
+    result = _or_trace_again(_analyse, gm)
+    proved = not result.broken and not effects.changed()
+    for site in result.sites if proved else ():
+        record(site)
+    substitution.trace_again((b.site for b in result.broken), result.miss, bottom=proved)
 
 
 def _analyse(gm: fx.GraphModule) -> Result:
@@ -123,20 +129,24 @@ def rewrite_graph(gm: fx.GraphModule) -> Result:
 
     A graph of rewritten loops (``loops/``) that cannot be proved is no graph to run: Dynamo traces again.
     """
-    marked = lower.has_marks(gm)
-    try:
-        result = _rewrite(gm)
-    except Exception as error:
-        if marked:
-            log.debug("rewritten loops cannot be analysed: %s: %s", type(error).__name__, error)
-            substitution.trace_again(())
-        raise
-    if marked and (result.broken or lower.has_marks(gm) or effects.changed()):
+    if not lower.has_marks(gm):
+        return _rewrite(gm)
+    result = _or_trace_again(_rewrite, gm)
+    if result.broken or lower.has_marks(gm) or effects.changed():
         if effects.changed():
             result.miss = substitution.Miss("MC214", "Python state changes only for experts with tokens", "")
         log.debug("rewritten loops are not proved: %s", "; ".join(str(b.error) for b in result.broken) or result.sites)
         substitution.trace_again((b.site for b in result.broken), result.miss)
     return result
+
+
+def _or_trace_again(step: Callable[[fx.GraphModule], Result], gm: fx.GraphModule) -> Result:
+    """``step`` of a graph of rewritten loops: what it cannot read is traced as it was written."""
+    try:
+        return step(gm)
+    except Exception as error:
+        log.debug("rewritten loops cannot be analysed: %s: %s", type(error).__name__, error)
+        substitution.trace_again(())
 
 
 def _rewrite(gm: fx.GraphModule) -> Result:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch._dynamo
 from moe_compile.patterns.dense_loop import MaskedDense
-from moe_compile.patterns.index_add_loop import WhereIndexAdd
+from moe_compile.patterns.index_add_loop import HitModules, WhereIndexAdd
 from support import relative
 
 import moe_compile
@@ -63,6 +63,14 @@ def test_unknown_and_wrong_options_are_typed_errors():
     torch._dynamo.reset()
     with pytest.raises(Exception, match="True or False"):
         compiled(layer, x, strict="yes")
+
+
+def test_dryrun_of_a_loop_that_only_we_can_capture():
+    layer, x = HitModules().eval(), torch.randn(6, 32)
+    out, found = compiled(layer, x, dryrun=True)
+    assert [s.status for s in found.sites] == ["rewritten"]
+    with torch.no_grad():
+        assert relative(out, layer(x)) < 1e-6
 
 
 def test_dryrun_reports_and_changes_nothing():

@@ -82,8 +82,10 @@ def choose(code: types.CodeType) -> types.CodeType | None:
     return _rewritten(number, level)
 
 
-def retreat(sites: Iterable[int] | None = None) -> bool:
+def retreat(sites: Iterable[int] | None = None, bottom: bool = False) -> bool:
     """Leave the level of the functions of ``sites`` (default: of every one met); whether there was one to leave.
+
+    ``bottom``: the source as it was written comes next.
 
     The next attempt to trace the frame meets the next lower level: ``torch_compat.TraceAgain`` starts it.
     """
@@ -92,7 +94,7 @@ def retreat(sites: Iterable[int] | None = None) -> bool:
         return False
     numbers = trace.used & {site // SITES for site in sites} if sites is not None else set(trace.used)
     for number in numbers:
-        trace.levels[number] -= 1
+        trace.levels[number] = 0 if bottom else trace.levels[number] - 1
         if trace.levels[number] == 0 and number in _misses:
             code, why = _functions[number], _misses[number]
             log.info("the loops of %s (%s:%d) are traced as written: %s %s %s", code.co_name, code.co_filename,
@@ -102,13 +104,13 @@ def retreat(sites: Iterable[int] | None = None) -> bool:
     return bool(numbers)
 
 
-def trace_again(sites: Iterable[int], why: Miss | None = None) -> NoReturn:
+def trace_again(sites: Iterable[int], why: Miss | None = None, bottom: bool = False) -> NoReturn:
     """From inside the backend: ``retreat`` for the functions of these sites, all that were met when there are none."""
     sites = set(sites)
     if why is not None and _current.trace is not None:
         numbers = {site // SITES for site in sites} & _current.trace.used or _current.trace.used
         _misses.update(dict.fromkeys(numbers, why))
-    if not retreat(sites) and not retreat():
+    if not retreat(sites, bottom) and not retreat(None, bottom):
         raise AssertionError("a graph has marks of rewritten loops, but no function was rewritten")
     raise torch_compat.TraceAgain("a loop over experts is not what it looked like")
 
