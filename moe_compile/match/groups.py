@@ -136,8 +136,10 @@ def _store(engine: Engine, node: fx.Node) -> Any:
 
 
 def _listed(engine: Engine, node: fx.Node) -> Any:
-    """Numbers fetched to the host: what their tensor meant then."""
+    """Numbers fetched to the host: what their tensor meant then. Lists of lists index otherwise than a matrix does."""
     fact = engine.fact(node.args[0])
+    if isinstance(fact, (Index, Gate)) and len(fact.dims) != 1:
+        return None
     return fact if isinstance(fact, (Index, Hits, Counts, Gate)) else None
 
 
