@@ -73,9 +73,7 @@ def _split(poly: Poly, up: Atom) -> tuple[Poly, float] | None:
     factor: dict[tuple[Atom, ...], float] = {}
     rest: dict[tuple[Atom, ...], float] = {}
     for monomial, coefficient in poly:
-        count = monomial.count(up)
-        if count > 1:
-            return None
+        count = monomial.count(up)  # what is left of more than one is no function of the gate alone
         remaining = list(monomial)
         if count:
             remaining.remove(up)
@@ -237,7 +235,7 @@ def _node_expr(node: fx.Node, visit: Callable[[Any], Expr | None]) -> Expr | Non
         name, args = "clamp", [args[0], node.kwargs.get("min", low), node.kwargs.get("max", high)]
     elif name == "rsub":
         name, args = "sub", [args[1], args[0]]
-        if node.kwargs.get("alpha", 1) != 1 or len(node.args) > 2:
+        if len(node.args) > 2:  # a factor by position
             return None
     elif name in _BINARY:
         if node.kwargs.get("rounding_mode") is not None or len(args) != 2:
@@ -319,7 +317,7 @@ def _moves(node: fx.Node) -> bool:
 
 def _role(value: Any, columns: Tensor, gated: bool) -> tuple[str, bool] | None:
     width = columns.shape[1]
-    if not isinstance(value, Tensor) or value.dim() != 2 or value.shape[0] != 2:
+    if not isinstance(value, Tensor):
         return None
     roles = [("gate", False, columns)]
     if gated:
@@ -331,6 +329,6 @@ def _role(value: Any, columns: Tensor, gated: bool) -> tuple[str, bool] | None:
             ("up", True, columns[:, 1::2]),
         ]
     for name, interleaved, expected in roles:
-        if value.shape == expected.shape and torch.equal(value, expected):
+        if torch.equal(value, expected):
             return name, interleaved
     return None

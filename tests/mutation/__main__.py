@@ -1,9 +1,10 @@
 """Mutation test of the matcher: switch each guard off in turn, and some test must fail.
 
-    python -m tests.mutation [--only match.rows] [--tests tests/near_misses ..] [--json out.json] [--after earlier.json]
+    python -m tests.mutation [--only match.rows] [--tests tests/near_misses ..] [--json out.json]
+                             [--after earlier.json]
 
-Run from the root of the repository. The score is killed / (all mutants less those of ``equivalent.py``). ``docs/mutation.md``
-has the figures. ``--after`` takes the kills of an earlier run for granted and tries only what survived it.
+Run from the root of the repository. The score is killed / (all mutants less those of ``equivalent.py``); the
+figures are in ``docs/mutation.md``. ``--after`` takes the kills of an earlier run for granted and tries only what survived it.
 """
 
 from __future__ import annotations
