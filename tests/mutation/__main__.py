@@ -4,7 +4,8 @@
                              [--after earlier.json]
 
 Run from the root of the repository. The score is killed / (all mutants less those of ``equivalent.py``); the
-figures are in ``docs/mutation.md``. ``--after`` takes the kills of an earlier run for granted and tries only what survived it.
+figures are in ``docs/mutation.md``. ``--after`` takes the kills of an earlier run for granted and tries only what
+survived it.
 """
 
 from __future__ import annotations
