@@ -362,7 +362,7 @@ def is_integer(node: fx.Node) -> bool:
 def holds_ids(node: fx.Node) -> bool:
     """Whether a node's dtype holds every expert id: a cast to ``bool`` or ``int8`` makes other ids of them."""
     val = value(node)
-    return isinstance(val, torch.Tensor) and val.dtype in (torch.int16, torch.int32, torch.int64)
+    return isinstance(val, torch.Tensor) and val.dtype in ID_DTYPES
 
 
 def is_ids(node: fx.Node) -> bool:
@@ -376,6 +376,7 @@ def is_float(node: Any) -> bool:
     return isinstance(val, torch.Tensor) and val.dtype in FLOATS
 
 
+ID_DTYPES = (torch.int16, torch.int32, torch.int64)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 

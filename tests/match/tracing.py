@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -36,9 +37,25 @@ def codes_of(fn: Callable[..., Any], **inputs: Any) -> list[str]:
     return [miss.error.code for miss in engine_of(fn, **inputs)[0].misses]
 
 
+def said(fn: Callable[..., Any], **others: Any) -> Any:
+    """The name of the fact of ``fn``'s result, the code of a refusal there, or None; ``INPUTS`` by name."""
+    inputs = {name: others.get(name, INPUTS.get(name)) for name in inspect.signature(fn).parameters}
+    engine, node = engine_of(fn, **inputs)
+    codes = [miss.error.code for miss in engine.misses if miss.node is node]
+    fact = engine.fact(node)
+    return type(fact).__name__ if fact is not None else codes[0] if codes else None
+
+
 def tokens(*shape: int) -> torch.Tensor:
     return torch.zeros(*(shape or (T, H)))
 
 
 def chosen(*shape: int) -> torch.Tensor:
     return torch.zeros(*(shape or (T, K)), dtype=torch.int64)
+
+
+INPUTS = {
+    "x": tokens(T, H), "w": tokens(T, K), "ids": chosen(T, K), "scores": tokens(T, E), "flat": chosen(T * K),
+    "parameter": tokens(I, H), "down_parameter": tokens(H, I), "stack_parameter": tokens(E, I, H),
+    "bias_parameter": tokens(I), "biases_parameter": tokens(E, I), "y": tokens(T, E, H),
+}  # fmt: skip
