@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from moe_compile.canonical import shape_of
-from moe_compile.match.engine import Engine, Rules, argument, aten, is_ids, is_integer, normal_dim, rank
+from moe_compile.canonical import shape_of, value
+from moe_compile.match.engine import ID_DTYPES, Engine, Rules, argument, aten, is_ids, is_integer, normal_dim, rank
 from moe_compile.match.facts import (
     Atom,
     Counts,
@@ -38,6 +38,7 @@ from moe_compile.match.layer import Found, build, chosen_from
 from moe_compile.match.pairs import names_pair
 from moe_compile.match.routing import top_k
 from moe_compile.match.values import lift, linear_map, weight_leaf
+from moe_compile.match.views import as_dtype
 from moe_compile.spec import NoMatch
 
 from ._examples import Layer
@@ -135,7 +136,10 @@ def _count(engine: Engine, node: fx.Node) -> Any:
     """histc(ids, E, 0, E-1) and bincount(ids, minlength=E) as rows per expert."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
+    exact = (*ID_DTYPES, torch.float32, torch.float64)  # they hold every id
     while source.target in (aten.to.dtype, aten.contiguous.default) and isinstance(source.args[0], fx.Node):
+        if value(source).dtype not in exact:
+            return None
         source = source.args[0]
     fact = engine.fact(source)
     leaf = fact.rows.ids if isinstance(fact, SortedIds) else _flat_ids(engine, source)
@@ -178,7 +182,12 @@ def _sum_one_hot(engine: Engine, node: fx.Node) -> Any:
         return None
     if gate.distinct and chosen_from(engine, gate.ids.node) is None:
         return None  # an expert that a token names twice would count once
-    return Counts((left[0],), gate.ids)
+    return _of_dtype(Counts((left[0],), gate.ids), node)
+
+
+def _of_dtype(counts: Counts, node: fx.Node) -> Any:
+    """Counts in the dtype of ``node``, if it holds large numbers: ``sum`` and ``cumsum`` may cast."""
+    return as_dtype(counts, value(node).dtype, node)
 
 
 def _cumsum(engine: Engine, node: fx.Node) -> Any:
@@ -187,12 +196,7 @@ def _cumsum(engine: Engine, node: fx.Node) -> Any:
         raise refuse("MC209", "tokens are counted one by one per expert: they get places in bins of a fixed size", node)
     if isinstance(fact, Gate) and names(fact.dims) == (("e",),) and _is_one_hot(fact):
         fact = Counts(fact.dims, fact.ids)  # T = 1: the one-hot rows were summed over the slots alone
-    return replace(fact, ends=True) if isinstance(fact, Counts) and not fact.ends else None
-
-
-def _cast_counts(engine: Engine, node: fx.Node) -> Any:
-    fact = engine.fact(node.args[0])
-    return fact if isinstance(fact, (Counts, SortedIds, Index, Inverse)) and is_integer(node) else None
+    return _of_dtype(replace(fact, ends=True), node) if isinstance(fact, Counts) and not fact.ends else None
 
 
 def _searchsorted(engine: Engine, node: fx.Node) -> Any:
@@ -240,7 +244,6 @@ RULES: Rules = {
     aten.index.Tensor: _take_ids, aten.index_select.default: _take_ids,
     aten.histc.default: _count, aten.bincount.default: _count, aten.slice.Tensor: _slice_counts,
     aten.sum.dim_IntList: _sum_one_hot, aten.cumsum.default: _cumsum,
-    aten.to.dtype: _cast_counts, aten._to_copy.default: _cast_counts,
     aten.searchsorted.Tensor: _searchsorted,
     aten._grouped_mm.default: _grouped_mm,
 }  # fmt: skip

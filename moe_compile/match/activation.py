@@ -74,7 +74,7 @@ def _split(poly: Poly, up: Atom) -> tuple[Poly, float] | None:
     rest: dict[tuple[Atom, ...], float] = {}
     for monomial, coefficient in poly:
         remaining = list(monomial)
-        if up in monomial:
+        if up in monomial:  # what is left of more than one is no function of the gate alone
             remaining.remove(up)
         (factor if up in monomial else rest)[tuple(remaining)] = coefficient
     if not rest:
@@ -234,7 +234,7 @@ def _node_expr(node: fx.Node, visit: Callable[[Any], Expr | None]) -> Expr | Non
         name, args = "clamp", [args[0], node.kwargs.get("min", low), node.kwargs.get("max", high)]
     elif name == "rsub":
         name, args = "sub", [args[1], args[0]]
-        if node.kwargs.get("alpha", 1) != 1 or len(node.args) > 2:
+        if len(node.args) > 2:  # a factor by position
             return None
     elif name in _BINARY:
         if node.kwargs.get("rounding_mode") is not None or len(args) != 2:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import fx
 
 from ..canonical import shape_of
@@ -26,6 +27,7 @@ from .facts import (
     unify,
 )
 from .routing import as_router_weight, pair_ids, sum_gate, top_k
+from .views import as_dtype
 
 
 def is_output(engine: Engine, fact: Any) -> bool:
@@ -106,7 +108,10 @@ def _add_picked(engine: Engine, node: fx.Node, fa: Any, fb: Any) -> Any:
 def _sum(engine: Engine, node: fx.Node) -> Any:
     fact = engine.fact(node.args[0])
     where = argument(node, 1, "dim")
-    if where is None or fact is None or not isinstance(fact, (Gate, Val)):
+    dtype, source = node.kwargs.get("dtype"), node.args[0]
+    if isinstance(dtype, torch.dtype) and isinstance(source, fx.Node):  # the terms are cast first
+        fact = as_dtype(fact, dtype, source) if dtype is not torch.bool else None
+    if where is None or not isinstance(fact, (Gate, Val)):
         return None
     dims = [where] if isinstance(where, int) else list(where)
     dims = [normal_dim(d, len(fact.dims)) for d in dims]

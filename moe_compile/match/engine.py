@@ -323,10 +323,10 @@ def under_flat_views(node: fx.Node) -> fx.Node:
 
 def keeps_order(node: fx.Node) -> bool:
     """Whether a node has every element of its first argument in the same row-major order."""
-    source = node.args[0] if node.args else None
-    if node.target is aten.select.int and isinstance(source, fx.Node):
-        return bool(statically_true(shape_of(source)[node.args[1]] == 1))  # type: ignore[index]
-    return node.target in _FLAT_VIEWS and isinstance(source, fx.Node)
+    if node.target is aten.select.int:
+        source, dim = node.args[:2]
+        return bool(statically_true(shape_of(source)[dim] == 1))  # type: ignore[arg-type,index]
+    return node.target in _FLAT_VIEWS
 
 
 def ids_of(fact: Any) -> Leaf | None:
@@ -362,7 +362,7 @@ def is_integer(node: fx.Node) -> bool:
 def holds_ids(node: fx.Node) -> bool:
     """Whether a node's dtype holds every expert id: a cast to ``bool`` or ``int8`` makes other ids of them."""
     val = value(node)
-    return isinstance(val, torch.Tensor) and val.dtype in (torch.int16, torch.int32, torch.int64)
+    return isinstance(val, torch.Tensor) and val.dtype in ID_DTYPES
 
 
 def is_ids(node: fx.Node) -> bool:
@@ -376,6 +376,7 @@ def is_float(node: Any) -> bool:
     return isinstance(val, torch.Tensor) and val.dtype in FLOATS
 
 
+ID_DTYPES = (torch.int16, torch.int32, torch.int64)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -421,8 +422,8 @@ def _is_pure(target: Any) -> bool:
 
 
 def _is_getitem_of_view(node: fx.Node) -> bool:
-    source = node.args[0]
-    return getattr(node.target, "__name__", "") == "getitem" and isinstance(source, fx.Node) and source.target in VIEWS
+    is_item = getattr(node.target, "__name__", "") == "getitem"
+    return is_item and node.args[0].target in VIEWS  # type: ignore[union-attr,operator]
 
 
 def _is_parameter(copy: Canonical, node: fx.Node) -> bool:

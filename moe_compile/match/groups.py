@@ -14,7 +14,7 @@ from torch import fx
 
 from ..canonical import shape_of, value
 from ..loops import marks
-from .engine import Engine, Rules, argument, aten, is_integer
+from .engine import Engine, Rules, argument, aten, holds_ids, is_integer
 from .facts import Atom, Counts, Fact, Filled, Gate, Index, Leaf, Rows, Val, names, refuse, same
 from .layer import chosen_from
 from .routing import ids_dims
@@ -194,7 +194,7 @@ def _of_hits(engine: Engine, node: fx.Node) -> Any:
     fact = engine.fact(source)
     if isinstance(fact, HitMask):
         return fact if len(shape_of(node)) == 1 and same(shape_of(node)[0], shape_of(source)[0]) else None
-    return fact if isinstance(fact, Hits) else None
+    return fact if isinstance(fact, Hits) and holds_ids(node) else None
 
 
 def _scatter_reduce(engine: Engine, node: fx.Node) -> Any:

@@ -77,7 +77,7 @@ def scale(poly: Poly, factor: float) -> Poly:
 
 
 def power(poly: Poly, exponent: float) -> Poly:
-    if exponent != int(exponent) or not 0 <= exponent <= MAX_POWER:
+    if not 0 <= exponent <= MAX_POWER or exponent != int(exponent):
         raise Unsupported(f"power {exponent}")
     result = constant(1.0)
     for _ in range(int(exponent)):

@@ -332,11 +332,6 @@ def _unmask(engine: Engine, node: fx.Node) -> Any:
     return replace(masked.gate, dims=masked.dims, weight=replace(weight, steps=(*weight.steps, step)))
 
 
-def _masked_cast(engine: Engine, node: fx.Node) -> Any:
-    fact = engine.fact(node.args[0])
-    return fact if isinstance(fact, Masked) and is_float(node) else None
-
-
 RULES: Rules = {
     aten.eq.Scalar: _eq, aten.eq.Tensor: _eq, aten.one_hot.default: _one_hot,
     aten.mul.Tensor: _mul, aten.mul_.Tensor: _mul,
@@ -344,5 +339,4 @@ RULES: Rules = {
     aten.scatter.src: _scatter, aten.scatter_.src: _scatter, aten.scatter.value: _scatter,
     aten.scatter_.value: _scatter, aten.scatter_add.default: _scatter, aten.scatter_add_.default: _scatter,
     aten.sigmoid.default: _unmask, aten.softmax.int: _unmask,
-    aten.to.dtype: _masked_cast,
 }  # fmt: skip

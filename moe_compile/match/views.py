@@ -10,17 +10,23 @@ import torch
 from torch import fx
 
 from ..canonical import known_size, shape_of, value
-from .engine import FLOATS, Engine, Rules, argument, aten, holds_ids, normal_dim
+from .engine import FLOATS, ID_DTYPES, Engine, Rules, argument, aten, normal_dim
 from .facts import (
     Atom,
     Coordinates,
+    Counts,
     Dim,
     Dims,
     Fact,
     Filled,
     Gate,
     Ids,
+    Index,
+    Inverse,
+    Masked,
+    Picked,
     Range,
+    SortedIds,
     Sum,
     Val,
     Wt,
@@ -42,25 +48,35 @@ def _first(engine: Engine, node: fx.Node) -> Any:
 
 def cast(engine: Engine, node: fx.Node) -> Fact | None:
     """A cast keeps the meaning when it goes to a float type of 16 bits or more, or between integers."""
-    fact = _first(engine, node)
-    if fact is None:
+    fact, out, source = _first(engine, node), value(node), node.args[0]
+    if fact is None or not isinstance(out, torch.Tensor) or not isinstance(source, fx.Node):
         return None
-    out = value(node)
-    if not isinstance(out, torch.Tensor):
-        return None
-    if isinstance(fact, (Val, Sum)):
-        x = fact.x if isinstance(fact, Val) else fact.parts[0].val.x
-        narrow = out.dtype is torch.float16 and value(x.node).dtype is not torch.float16  # 1e5 would become infinite
-        return fact if out.dtype in FLOATS and not narrow else None
+    return as_dtype(fact, out.dtype, source)
+
+
+def as_dtype(fact: Any, dtype: torch.dtype, source: fx.Node) -> Any:
+    """The fact of ``source.to(dtype)``, whose elements must be the same numbers, or rounded ones of a float type."""
+    if isinstance(fact, (Val, Sum, Picked)):
+        x = fact.buffer if isinstance(fact, Picked) else (fact if isinstance(fact, Val) else fact.parts[0].val).x.node
+        narrow = dtype is torch.float16 and value(x).dtype is not torch.float16  # 1e5 would become infinite
+        return fact if dtype in FLOATS and not narrow else None
     if isinstance(fact, Ids):
-        return fact if holds_ids(node) else None
+        return fact if dtype in ID_DTYPES else None
     if isinstance(fact, Wt):  # weights in another precision are other weights
-        return fact if out.dtype == value(node.args[0]).dtype else None  # type: ignore[arg-type]
+        return fact if dtype == value(source).dtype else None
     if isinstance(fact, Gate):
-        if fact.weight is not None and out.dtype not in FLOATS:
+        if fact.weight is not None and dtype not in FLOATS:
             return None
-        return replace(fact, boolean=fact.boolean and out.dtype is torch.bool)
-    return fact
+        truth = dtype is torch.bool
+        once = truth and fact.summed and not fact.boolean  # a token that names the expert twice counts once
+        return replace(fact, boolean=fact.boolean and truth, distinct=fact.distinct or once)
+    if isinstance(fact, Filled):
+        return fact if fact.number in (None, 0, 1) or dtype in FLOATS else None
+    if isinstance(fact, Masked):
+        return fact if dtype in FLOATS else None
+    if isinstance(fact, (Index, SortedIds, Inverse, Counts, Range)):
+        return fact if dtype in (torch.int32, torch.int64, torch.float32, torch.float64) else None
+    return None
 
 
 def relabel(engine: Engine, node: fx.Node, dims: Dims | None) -> Fact | None:

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_compile.match.activation import activation_of, recognise
+from moe_compile.match.activation import activation_of, expr_of, recognise
+from moe_compile.match.polynomial import Unsupported, polynomial_of
 from moe_compile.spec import Activation
 
 WIDTH = 10
@@ -18,9 +19,14 @@ Pair = Callable[[Tensor, Tensor], Tensor]
 K = math.sqrt(2.0 / math.pi)
 
 
-_library = torch.library.Library("moe_compile_test", "DEF")
-_library.define("silu(Tensor x) -> Tensor")
-_library.impl("silu", torch.tanh, "CompositeExplicitAutograd")
+@torch.library.custom_op("moe_compile_tests::silu", mutates_args=())
+def _other_silu(x: Tensor) -> Tensor:
+    return 3 * x
+
+
+@_other_silu.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
 
 
 def written(x: Tensor) -> Tensor:
@@ -90,9 +96,14 @@ GATED: dict[str, tuple[Pair, Activation]] = {
     "relu": (lambda g, u: F.relu(g) * u, Activation("relu")),
     "relu by clamp": (lambda g, u: g.clamp(min=0) * u, Activation("relu")),
     "relu with a limit": (lambda g, u: g.clamp(0, 0.5) * u, Activation("relu", act_limit=0.5)),
+    "relu of what is below zero": (
+        lambda g, u: F.relu(g.clamp(max=-1.0)) * u,
+        Activation("relu", gate_limit=-1.0),
+    ),
     "relu squared": (lambda g, u: F.relu(g).square() * u, Activation("relu2")),
     "relu to the power 2": (lambda g, u: F.relu(g) ** 2 * u, Activation("relu2")),
     "relu times relu": (lambda g, u: F.relu(g) * u * F.relu(g), Activation("relu2")),
+    "rsub with a factor": (lambda g, u: F.silu(g) * -torch.rsub(u, u, alpha=2), Activation()),
     "bilinear": (lambda g, u: g * u, Activation("identity")),
     "views on the way": (lambda g, u: F.silu(g.clone().view(g.shape)) * u.reshape(u.shape), Activation()),
 }
@@ -130,7 +141,6 @@ REFUSED: dict[str, Pair] = {
     "up limited by the defaults of hardtanh": lambda g, u: F.silu(g) * torch.ops.aten.hardtanh(u),
     "rsub with alpha": lambda g, u: F.silu(g) * torch.rsub(u, 1.0, alpha=2.0),
     "a view that is written": lambda g, u: F.silu(written(g)) * u,
-    "an operator of the same name": lambda g, u: torch.ops.moe_compile_test.silu(g) * u,
     "1 - exp": lambda g, u: g / (1 - torch.exp(-g)) * u,
     "exp of g plus a number": lambda g, u: g / (2 + torch.exp(-g)) * u,
     "erf with another constant": lambda g, u: 0.5 * g * (1 + torch.erf(g / 1.4)) * u,
@@ -153,6 +163,21 @@ REFUSED: dict[str, Pair] = {
     "another column": lambda g, u: F.silu(g) * u.roll(1, dims=-1),
     "a constant tensor": lambda g, u: F.silu(g) * u * torch.full((1,), 2.0),
     "a sum over columns": lambda g, u: F.silu(g) * u.sum(dim=-1, keepdim=True),
+    "another offset of up in each term": lambda g, u: 0.5 * g * (u + 1) + 0.5 * g * torch.erf(g * 0.5**0.5) * (u + 2),
+    "sigmoid twice": lambda g, u: g * torch.sigmoid(g) * torch.sigmoid(g) * u,
+    "sigmoid times tanh": lambda g, u: torch.sigmoid(g) * torch.tanh(g) * u,
+    "hardtanh with its own limits": lambda g, u: F.silu(g) * torch.ops.aten.hardtanh(u),
+    "rsub with a factor": lambda g, u: F.silu(g) * -torch.rsub(u, -1.0, alpha=2.0),
+    "a limit, then an offset": lambda g, u: (F.silu(g).clamp(max=0.5) + 1) * u,
+    "a factor on what is limited": lambda g, u: 2 * F.silu(g).clamp(max=0.5) * u,
+    "a broken power": lambda g, u: F.relu(g) ** 2.5 * u,
+    "a negative power": lambda g, u: F.silu(g) * u * g**-1,
+    "an infinite power": lambda g, u: F.relu(g) ** math.inf * u,
+    "1 + exp squared": lambda g, u: g / (1 + torch.exp(-g) * torch.exp(-g)) * u,
+    "1 + tanh": lambda g, u: g / (1 + torch.tanh(-g)) * u,
+    "a limit of a sum": lambda g, u: (g + 1).clamp(min=0) * u,
+    "not a number": lambda g, u: F.silu(g) * u * math.nan,
+    "an operator of another library": lambda g, u: _other_silu(g) * u,
     "the gate alone": lambda g, u: F.silu(g),
     "up alone": lambda g, u: u,
     "an exception": lambda g, u: g @ u,
@@ -265,6 +290,41 @@ G, U = ("gate",), ("up",)
 )  # fmt: skip
 def test_expression_trees(expr: tuple[object, ...], expected: Activation | None) -> None:
     assert activation_of(expr) == expected
+
+
+@pytest.mark.parametrize("value", [True, "x", [1.0]], ids=repr)
+def test_only_numbers_are_constants(value: object) -> None:
+    assert expr_of(value, {}) is None
+
+
+def test_a_second_operand_by_name_is_not_overlooked() -> None:
+    graph = torch.fx.Graph()
+    g, u = graph.placeholder("g"), graph.placeholder("u")
+    node = graph.call_function(torch.ops.aten.add.Tensor, (g,), {"other": u, "alpha": 2})
+    assert expr_of(node, {g: G, u: U}) is None
+
+
+def test_a_write_to_the_base_reaches_its_views() -> None:
+    def late(x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, -1)
+        x.mul_(2)
+        return F.silu(gate) * up
+
+    assert recognise(late, WIDTH) is None
+
+
+INF = ("const", math.inf)
+
+
+@pytest.mark.parametrize(
+    "expr",
+    [("x",), ("gate", G), ("add", G, ("const", None)), ("mul", G, ("const", math.nan)), ("clamp", U, G, INF),
+     ("clamp", ("silu", G), ("const", None), ("sub", INF, INF))],
+    ids=str,
+)  # fmt: skip
+def test_no_polynomial(expr: tuple[object, ...]) -> None:
+    with pytest.raises(Unsupported):
+        polynomial_of(expr)
 
 
 def test_huge_expressions_end() -> None:

@@ -26,14 +26,15 @@ class Mutant:
 
     number: int
     module: str
+    function: str
     line: int
     kind: str
     text: str
 
     @property
     def key(self) -> str:
-        """Stable against moves of the code: module, kind and source text."""
-        return f"{self.module}: {self.kind}: {self.text}"
+        """Stable against moves of the code: function, kind and source text."""
+        return f"{self.module.removeprefix('moe_compile.')}.{self.function}: {self.kind}: {self.text}"
 
 
 @dataclass
@@ -66,6 +67,13 @@ class Instrument(ast.NodeTransformer):
 
     def __init__(self, module: str, switch: Switch, skip_classes: bool) -> None:
         self.module, self.switch, self.skip_classes = module, switch, skip_classes
+        self.function = ""
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        outer, self.function = self.function, node.name
+        self.generic_visit(node)
+        self.function = outer
+        return node
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
         return node if self.skip_classes else self.generic_visit(node)  # the examples of a form are users' code
@@ -115,9 +123,12 @@ class Instrument(ast.NodeTransformer):
     def _wrap(self, kind: str, value: ast.expr) -> ast.expr:
         return self._call(kind, value, ast.unparse(value), value)
 
+    def _mutant(self, number: int, at: ast.AST, kind: str, text: str) -> Mutant:
+        return Mutant(number, self.module, self.function, at.lineno, kind, text)  # type: ignore[attr-defined]
+
     def _call(self, kind: str, at: ast.AST, text: str, *args: ast.expr) -> ast.expr:
         number = len(self.switch.mutants)
-        self.switch.mutants.append(Mutant(number, self.module, at.lineno, kind, text))  # type: ignore[attr-defined]
+        self.switch.mutants.append(self._mutant(number, at, kind, text))
         function = ast.Attribute(ast.Name(SWITCH, ast.Load()), kind, ast.Load())
         return ast.copy_location(ast.Call(function, [ast.Constant(number), *args], []), at)
 
@@ -164,6 +175,6 @@ class Finder(importlib.abc.MetaPathFinder):
 
 def is_matcher(name: str) -> bool:
     """The modules whose guards decide what is rewritten."""
-    return name in ("moe_compile.legality", "moe_compile.lower") or (
+    return name in ("moe_compile.legality", "moe_compile.claims", "moe_compile.lower") or (
         name.startswith(("moe_compile.match.", "moe_compile.patterns.")) and not name.endswith("_examples")
     )

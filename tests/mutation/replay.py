@@ -72,14 +72,16 @@ class Recorder:
 
     def __call__(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         key, self.at = (self.item, self.at), self.at + 1
+        if kwargs:  # not recorded
+            self.slow.add(self.item)
         if self.item in self.slow:
             return self.original(model, *args, **kwargs)
         known = self.calls.get(key)
         if known is None:
-            return self._record(key, model, args, kwargs)
+            return self._record(key, model, args)
         return self._replay(known, model, args)
 
-    def _record(self, key: tuple[str, int], model: Any, args: Any, kwargs: Any) -> Any:
+    def _record(self, key: tuple[str, int], model: Any, args: Any) -> Any:
         torch._dynamo.reset()
         call, outcome = Call(), support.Outcome()
 
@@ -99,9 +101,7 @@ class Recorder:
             return forward
 
         capture.install(run)
-        compiled = torch.compile(model, backend=run, dynamic=kwargs.pop("dynamic", None))
-        if kwargs:
-            raise ValueError("keyword arguments are not recorded")
+        compiled = torch.compile(model, backend=run)
         with torch.no_grad():
             outcome.out = compiled(*args)
         self._bind(call, model, args, outcome.out)
