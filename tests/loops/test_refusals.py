@@ -435,17 +435,14 @@ def test_explain_names_the_line_the_fact_and_the_edit(kind):
     assert site.location in shown and site.code in shown and "fix: " in shown
 
 
-@pytest.mark.parametrize(
-    ("kind", "why"),
-    [(OddActivation, "does not end in their sum"), (Shared, "the layer around a loop over experts was not rewritten")],
-)
-def test_two_experts_do_not_stand_for_others_that_differ(kind, why, caplog):
+@pytest.mark.parametrize("kind", [OddActivation, Shared])
+def test_two_experts_do_not_stand_for_others_that_differ(kind, caplog):
     """MC215 is the reason to trace the loop in full, which then tells what differs."""
     torch.manual_seed(0)
     layer = kind().eval()
     with caplog.at_level("DEBUG", logger="moe_compile.match"):
         outcome = rewritten(layer, inputs(layer)[0])
-    assert f"MC215: a loop over experts {why}" in caplog.text or f"MC215: {why}" in caplog.text
+    assert "MC215: a loop over experts does not end in the sum of a layer that was rewritten" in caplog.text
     assert outcome.codes == [LEFT[kind]]
 
 

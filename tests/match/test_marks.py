@@ -104,7 +104,7 @@ BROKEN = {
     "a veto": dict(inside=lambda p, e, s: mark([], "veto", [p.site])),
     "never closed": dict(open=lambda p, e, s: Program.open(p, e, s) if e == 0 else None, close=lambda p, e, s: None),
     "a write": dict(inside=lambda p, e, s: s["buffer"].add_(1), after=lambda p, out, s: (out, s["buffer"])),
-    "a write to an input": dict(inside=lambda p, e, s: s["scores"].add_(1)),
+    "a write to an input": dict(inside=lambda p, e, s: s["scores"].add_(1) if e == 0 else None),
     "random numbers": dict(inside=lambda p, e, s: torch.rand_like(s["x"])),
     "a value for later": dict(inside=keep("kept", lambda s: s["x"] * 2), after=lambda p, out, s: out + s["kept"]),
     "closed too late": dict(close=lambda p, e, s: mark([], "leave", [p.site]) if e else None),
@@ -412,4 +412,5 @@ def test_whose_pairs():
         return ids == 1, torch.where(ids == 1)[0], order, F.one_hot(ids, E), ids * 2
 
     engine, nodes = engine_of(program, ids=torch.zeros(T, 2, dtype=torch.int64))
-    assert [(p.expert if (p := pairs_of(engine.fact(n))) else None) for n in nodes] == [1, 1, None, None, None]
+    found = [pairs_of(engine.fact(n)) for n in nodes]
+    assert [p.expert for p in found[:2] if p is not None] == [1, 1] and found[2:] == [None] * 3

@@ -130,3 +130,192 @@ ROUTING = {
 def test_routing(name):
     program, expected, *others = ROUTING[name]
     assert said(program, **(others[0] if others else {})) == expected
+
+
+def mask_of(ids):
+    return ids.flatten() == 1
+
+
+def pairs(ids):
+    return torch.where(mask_of(ids))[0]
+
+
+def mlp(rows, parameter, down_parameter):
+    return F.linear(F.silu(F.linear(rows, parameter)), down_parameter)
+
+
+ROWS = {
+    "tokens": (lambda ids: pick(ids)[0], "Index"),
+    "slots": (lambda ids: pick(ids)[1], "Index"),
+    "pairs": (lambda ids: pairs(ids), "Index"),
+    "where a weight is": (lambda ids, w: torch.where((ids == 1) * w)[0], None),
+    "where any expert is": (lambda ids: torch.where(onehot(ids))[0], None),
+    "where something else is": (lambda w: torch.where(w > 0)[0], None),
+    "where a picked mask is": (lambda ids: torch.where((ids == 1)[pick(ids, 2)[0]])[0], None),
+    "a column of nonzero": (lambda ids: (ids == 1).nonzero()[:, 0], "Index"),
+    "a row of nonzero": (lambda ids: (ids == 1).nonzero()[0], None),
+    "columns of nonzero": (lambda ids: (ids == 1).nonzero().unbind(1)[1], "Index"),
+    "the only column of nonzero": (lambda ids: mask_of(ids).nonzero().squeeze(-1), "Index"),
+    "tokens of transposed ids": (lambda ids: torch.where(ids.t() == 1)[1], "Index"),
+    "pairs slot by slot": (lambda ids: torch.where(ids.t().flatten() == 1)[0], "Index"),
+    "x[tokens]": (lambda x, ids: x[pick(ids)[0]], "Val"),
+    "x[slots]": (lambda x, ids: x[pick(ids)[1]], None),
+    "x[pairs]": (lambda x, ids: x[pairs(ids)], None),
+    "x[tokens] of fewer tokens": (lambda x, ids: x[:5][pick(ids)[0]], None),
+    "x[:, tokens] of another layout": (lambda x, ids: x.t()[:, pick(ids)[0]], None),
+    "integers[tokens]": (lambda x, ids: x.long()[pick(ids)[0]], None),
+    "x.repeat_interleave[pairs]": (lambda x, ids: x.repeat_interleave(K, 0)[pairs(ids)], "Val"),
+    "x.repeat_interleave(3)[pairs]": (lambda x, ids: x.repeat_interleave(3, 0)[pairs(ids)], None),
+    "x.repeat[pairs]": (lambda x, ids: x.repeat(K, 1)[pairs(ids)], None),
+    "x in three dimensions[pairs]": (lambda x, ids: x[:, None].expand(T, K, -1).reshape(T * K, -1)[pairs(ids)], "Val"),
+    "x by mask": (lambda x, ids: x[(ids == 1).any(1)], "Val"),
+    "x by the mask of one slot": (lambda x, ids: x[ids[:, 0] == 1], "Val"),
+    "x by mask of all pairs": (lambda x, ids: x.repeat_interleave(K, 0)[mask_of(ids)], "Val"),
+    "x by mask of pairs in rounds": (lambda x, ids: x.repeat(K, 1)[mask_of(ids)], "MC207"),
+    "x by a mask of any expert": (lambda x, ids: x[onehot(ids)[:, 0, 0].bool()], "Val"),
+    "x by something else": (lambda x: x[x[:, 0] > 0], None),
+    "w by mask": (lambda w, ids: w[ids == 1], "Gate"),
+    "w by a flat mask": (lambda w, ids: w.flatten()[mask_of(ids)], "Gate"),
+    "integers by mask": (lambda ids: ids[ids == 1], None),
+    "a gate by mask": (lambda w, ids: ((ids == 1) * w)[ids == 1], "Gate"),
+    "a gate by the mask of another layout": (lambda w, ids: ((ids == 1) * w).sum(1)[ids[:, 0] == 1], "Gate"),
+    "numbers of three dimensions by mask": (lambda w, ids: w[:, :, None].expand(T, K, 3)[ids == 1], "MC207"),
+    "w[tokens, slots]": (lambda w, ids: w[pick(ids)], "Gate"),
+    "w[slots, tokens]": (lambda w, ids: w.t()[pick(ids)[::-1]], "MC207"),
+    "w[tokens, slots of another]": (lambda w, ids: w[pick(ids)[0], pick(ids, 2)[1][:1]], "MC207"),
+    "w[tokens, numbers]": (lambda w, ids, flat: w[pick(ids)[0], flat[:1]], "MC207"),
+    "ids[tokens, slots]": (lambda ids: ids[pick(ids)], None),
+    "gates[tokens, slots]": (lambda w, ids: ((ids == 1) * w)[pick(ids)], None),
+    "w[.., None][tokens, slots]": (lambda w, ids: w[:, :, None][pick(ids)], "Gate"),
+    "w[.., 3][tokens, slots]": (lambda w, ids: w[:, :, None].expand(T, K, 3)[pick(ids)], None),
+    "scores[tokens, slots]": (lambda scores, ids: scores[pick(ids)], None),
+    "w of fewer tokens[tokens, slots]": (lambda w, ids: w[1:][pick(ids)], None),
+    "w[0][tokens]": (lambda w, ids: w[:, 0][pick(ids)[0]], None),
+    "w of one slot[tokens]": (lambda w, ids: w[:, 0][pick(ids[:, 0])[0]], "Gate"),
+    "integers of one slot[tokens]": (lambda ids: (ids[:, 0] + 1)[pick(ids[:, 0])[0]], None),
+    "gates of one slot[tokens]": (lambda w, ids: ((ids == 1) * w).sum(1)[pick(ids)[0]], "Gate"),
+    "scores of the expert[tokens]": (lambda scores, ids: scores[:, 1][pick(ids)[0]], "Gate"),
+    "scores of another[tokens]": (lambda scores, ids: scores[:, 2][pick(ids)[0]], None),
+    "w.flatten[pairs]": (lambda w, ids: w.flatten()[pairs(ids)], "Gate"),
+    "w.view(-1, 1)[pairs]": (lambda w, ids: w.view(-1, 1)[pairs(ids)], "Gate"),
+    "w.view(-1, 1, 1)[pairs]": (lambda w, ids: w.view(-1, 1, 1)[pairs(ids)], None),
+    "some of w[pairs]": (lambda w, ids: w[:, 0][pairs(ids)], None),
+    "zeros[tokens]": (lambda ids: torch.zeros(T, 5)[pick(ids)[0]], "Picked"),
+    "zeros[slots]": (lambda ids: torch.zeros(T, 5)[pick(ids)[1]], None),
+    "zeros in three dimensions[tokens]": (lambda ids: torch.zeros(T, 5, 3)[pick(ids)[0]], None),
+    "gather of tokens": (lambda x, ids: x.gather(0, pick(ids)[0][:, None].expand(-1, x.shape[1])), "Val"),
+    "gather of slots": (lambda x, ids: x.gather(0, pick(ids)[1][:, None].expand(-1, x.shape[1])), None),
+    "gather of some columns": (lambda x, ids: x.gather(0, pick(ids)[0][:, None].expand(-1, 3)), None),
+    "gather of one column": (lambda x, ids: x.gather(0, pick(ids)[0][:, None]), None),
+    "gather of integers": (lambda x, ids: x.long().gather(0, pick(ids)[0][:, None].expand(-1, x.shape[1])), None),
+    "gather of fewer tokens": (lambda x, ids: x[:5].gather(0, pick(ids)[0][:, None].expand(-1, x.shape[1])), None),
+}  # fmt: skip
+
+SORTED = {
+    "argsort": (lambda ids: ids.flatten().argsort(), "Index"),
+    "argsort, descending": (lambda ids: ids.flatten().argsort(descending=True), None),
+    "sort, descending": (lambda ids: ids.flatten().sort(0, True)[1], None),
+    "argsort of rows": (lambda ids: ids.argsort(), None),
+    "argsort of numbers": (lambda w: w.flatten().argsort(), None),
+    "argsort of masks": (lambda ids: (ids == 1).flatten().argsort(), None),
+    "argsort of int8": (lambda ids: ids.flatten().to(torch.int8).argsort(), None),
+    "sort": (lambda ids: ids.flatten().sort()[0], "SortedIds"),
+    "the inverse": (lambda ids: ids.flatten().argsort().argsort(), "Inverse"),
+    "the inverse by sort": (lambda ids: ids.flatten().argsort().sort()[1], "Inverse"),
+    "argsort of tokens": (lambda ids: sorted_rows(ids)[1].argsort(), None),
+    "argsort of picked pairs": (lambda ids: pairs(ids).argsort(), None),
+    "the inverse by index": (
+        lambda ids: torch.empty(T * K, dtype=torch.int64).index_put((sorted_rows(ids)[0],), torch.arange(T * K)),
+        "Inverse"),
+    "the inverse from one": (
+        lambda ids: torch.empty(T * K, dtype=torch.int64).index_put((sorted_rows(ids)[0],), torch.arange(1, T * K + 1)),
+        None),
+    "the inverse into more rows": (
+        lambda ids: torch.empty(T * K + 1, dtype=torch.int64).index_put((sorted_rows(ids)[0],), torch.arange(T * K)),
+        None),
+    "the inverse, added": (
+        lambda ids: torch.zeros(T * K, dtype=torch.int64).index_put(
+            (sorted_rows(ids)[0],), torch.arange(T * K), accumulate=True), None),
+    "the inverse into numbers": (
+        lambda ids, flat: flat.index_put((sorted_rows(ids)[0],), torch.arange(T * K)), None),
+    "something else by index": (
+        lambda ids, flat: torch.empty(T * K, dtype=torch.int64).index_put((sorted_rows(ids)[0],), flat), None),
+    "tokens": (lambda ids: sorted_rows(ids)[1], "Index"),
+    "slots": (lambda ids: sorted_rows(ids)[0] % K, "Index"),
+    "order // 3": (lambda ids: sorted_rows(ids)[0] // 3, "MC207"),
+    "order / K": (lambda ids: torch.div(sorted_rows(ids)[0], K, rounding_mode="floor"), "Index"),
+    "order / K, towards zero": (lambda ids: torch.div(sorted_rows(ids)[0], K, rounding_mode="trunc"), None),
+    "tokens // K": (lambda ids: sorted_rows(ids)[1] // K, None),
+    "numbers // K": (lambda flat: flat // K, None),
+    "sorted ids": (lambda ids: ids.flatten()[sorted_rows(ids)[0]], "SortedIds"),
+    "sorted ids of others": (lambda ids, flat: flat[sorted_rows(ids)[0]], None),
+    "ids of picked pairs": (lambda ids: ids.flatten()[pairs(ids)], None),
+    "ids by token": (lambda ids: ids[:, 0][sorted_rows(ids)[1]], None),
+    "tokens by arange": (lambda ids: torch.arange(T).repeat_interleave(K)[sorted_rows(ids)[0]], "Index"),
+    "tokens by arange from one": (lambda ids: torch.arange(1, T + 1).repeat_interleave(K)[sorted_rows(ids)[0]], None),
+    "tokens by arange in rounds": (lambda ids: torch.arange(T).repeat(K)[sorted_rows(ids)[0]], None),
+    "tokens by arange, thrice": (lambda ids: torch.arange(T).repeat_interleave(3)[sorted_rows(ids)[0]], None),
+    "tokens by arange of pairs": (lambda ids: torch.arange(T * K)[sorted_rows(ids)[0]], None),
+    "histc": (lambda ids: torch.histc(ids.flatten().float(), E, 0, E - 1), "Counts"),
+    "histc over E": (lambda ids: torch.histc(ids.flatten().float(), E, 0, E), "MC207"),
+    "histc from one": (lambda ids: torch.histc(ids.flatten().float(), E, 1, E), None),
+    "histc of more": (lambda ids: torch.histc(ids.flatten().float(), E, 0, E + 3), None),
+    "histc of numbers": (lambda w: torch.histc(w.flatten(), E, 0, E - 1), None),
+    "bincount": (lambda ids: ids.flatten().bincount(minlength=E), "Counts"),
+    "bincount of weights": (lambda ids, w: ids.flatten().bincount(w.flatten(), minlength=E), None),
+    "bincount of masks": (lambda ids: (ids == 1).flatten().long().bincount(minlength=E), None),
+    "bincount, cut": (lambda ids: ids.flatten().bincount(minlength=E)[:E], "Counts"),
+    "bincount from one": (lambda ids: ids.flatten().bincount(minlength=E)[1:E], None),
+    "one-hot sums": (lambda ids: onehot(ids.flatten()).sum(0), "Counts"),
+    "one-hot sums over tokens and slots": (lambda ids: onehot(ids).sum((0, 1)), "Counts"),
+    "one-hot sums over tokens": (lambda ids: onehot(ids).sum(0), None),
+    "one-hot sums of everything": (lambda ids: onehot(ids).sum(), None),
+    "weighted one-hot sums": (lambda ids, w: (onehot(ids) * w[..., None]).sum((0, 1)), None),
+    "sums of masks": (lambda ids: (ids == 1).sum((0, 1)), None),
+    "sums of truth values": (lambda ids: onehot(ids).any(1).sum(0), None),
+    "running sums": (lambda ids: ids.flatten().bincount(minlength=E).cumsum(0), "Counts"),
+    "running sums twice": (lambda ids: ids.flatten().bincount(minlength=E).cumsum(0).cumsum(0), None),
+    "places in bins": (lambda ids: onehot(ids.flatten()).cumsum(0), "MC209"),
+    "running sums of masks over slots": (lambda w: w.cumsum(0), None),
+    "searchsorted": (
+        lambda ids: torch.searchsorted(ids.flatten().sort()[0], torch.arange(E), right=True), "Counts"),
+    "searchsorted from one": (
+        lambda ids: torch.searchsorted(ids.flatten().sort()[0], torch.arange(1, E + 1)), "Counts"),
+    "searchsorted for the starts": (lambda ids: torch.searchsorted(ids.flatten().sort()[0], torch.arange(E)), "MC207"),
+    "searchsorted of others": (lambda ids, flat: torch.searchsorted(flat, torch.arange(E), right=True), None),
+    "searchsorted of numbers": (
+        lambda ids, flat: torch.searchsorted(ids.flatten().sort()[0], flat[:E], right=True), None),
+    "hit experts": (lambda ids: (ids.flatten().bincount(minlength=E) > 0).nonzero(), "Hits"),
+    "hit experts, at least one": (lambda ids: (ids.flatten().bincount(minlength=E) >= 1).nonzero(), "Hits"),
+    "busy experts": (lambda ids: (ids.flatten().bincount(minlength=E) > 1).nonzero(), None),
+    "experts with any number": (lambda ids: (ids.flatten().bincount(minlength=E) >= 0).nonzero(), None),
+    "ends above zero": (lambda ids: (ids.flatten().bincount(minlength=E).cumsum(0) > 0).nonzero(), None),
+    "nonzero ends": (lambda ids: ids.flatten().bincount(minlength=E).cumsum(0).nonzero(), None),
+    "nonzero counts": (lambda ids: ids.flatten().bincount(minlength=E).nonzero(), "Hits"),
+    "hit experts by where": (lambda ids: torch.where(ids.flatten().bincount(minlength=E) > 0)[0], "Hits"),
+    "numbers above zero": (lambda flat: (flat > 0).nonzero(), None),
+    "hit experts by any": (lambda ids: onehot(ids).bool().any((0, 1)).nonzero(), "Hits"),
+    "any of a hit mask": (lambda ids: onehot(ids).bool().any((0, 1)).any(0), None),
+    "any of picked masks": (lambda ids: (ids == 1)[pick(ids, 2)[0]].any((0, 1)), None),
+    "any over experts": (lambda ids: onehot(ids).bool().any((0, 2)), None),
+    "experts of any token": (lambda ids: onehot(ids).bool().any(0), None),
+    "any of a mask": (lambda ids: (ids == 1).any(0), None),
+    "any of weights": (lambda ids, w: (onehot(ids) * w[..., None]).any(0), None),
+    "unique": (lambda ids: torch.ops.aten._unique2(ids)[0], "Hits"),
+    "unique numbers": (lambda w: torch.ops.aten._unique2(w)[0], None),
+    "unique masks": (lambda ids: torch.ops.aten._unique2((ids == 1).long())[0], None),
+    "hits, flat": (lambda ids: torch.ops.aten._unique2(ids)[0].view(-1), "Hits"),
+    "hits as int8": (lambda ids: torch.ops.aten._unique2(ids)[0].to(torch.int8), None),
+    "hits as int32": (lambda ids: torch.ops.aten._unique2(ids)[0].to(torch.int32), "Hits"),
+    "hit mask, folded": (lambda ids: (ids.flatten().bincount(minlength=E) > 0).view(2, 2), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows(name):
+    assert said(ROWS[name][0]) == ROWS[name][1]
+
+
+@pytest.mark.parametrize("name", SORTED)
+def test_sorted(name):
+    assert said(SORTED[name][0]) == SORTED[name][1]
