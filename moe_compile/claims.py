@@ -14,10 +14,11 @@ import torch
 from .canonical import shape_of
 from .legality import Region, is_size_check
 from .loops import marks
-from .match.engine import Engine, writes
+from .match.engine import Engine
 from .match.facts import refuse
 from .match.layer import Found, prove_range
 from .match.marks import Block, blocks, pairs_of
+from .match.nodes import writes
 from .match.shrunk import Loop
 from .match.slots import root_of
 from .spec import NoMatch

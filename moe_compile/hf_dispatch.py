@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.comptime import comptime
 
 from . import hf_trace, report
 from .hf_classes import FAMILIES
@@ -23,6 +22,7 @@ from .match.activation import Recognised, recognise
 from .ops import schema as schema  # the ops must exist before anything is traced
 from .report import REFUSED, REWRITTEN
 from .spec import NoMatch
+from .torch_compat import comptime
 
 _FIXES = {
     "MC104": "remove the hook, or move it to the MoE module itself",
@@ -162,12 +162,12 @@ def _conclude(ctx: Any) -> None:
     _record_rewritten(name, module, found, family.top_k(module, hf_trace.local_tensors(ctx, "args")))
 
 
-@torch._dynamo.assume_constant_result
+@torch.compiler.assume_constant_result
 def _is_refused() -> bool:
     return _trace.verdict.refusal is not None
 
 
-@torch._dynamo.assume_constant_result
+@torch.compiler.assume_constant_result
 def _found_how() -> How:
     return _trace.verdict.how
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .spec import Activation, Experts, MoE, NoMatch, Weight
+from .torch_compat import is_fake
 
 How = tuple[Any, ...]  # () = run the gate as written, else (name, args, gated, interleaved)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -125,9 +126,7 @@ def require_plain(module: nn.Module, *tensors: Any) -> None:
 
 
 def _is_dense(data: Tensor) -> bool:
-    from torch._subclasses.fake_tensor import FakeTensor  # what an export or explain works with
-
-    return type(data) in (Tensor, nn.Parameter, FakeTensor)
+    return type(data) in (Tensor, nn.Parameter) or is_fake(data)  # an export or explain works with fakes
 
 
 def named(path: str, transposed: bool = False) -> Weight:

@@ -1,4 +1,4 @@
-"""Private torch names that the Hugging Face way in needs while Dynamo traces.
+"""What the Hugging Face way in needs while Dynamo traces.
 
 Checked on torch 2.11 and 2.13. Two things happen here that no public API offers: asking which backend
 the current trace is for, and *probing*: tracing a piece of user code for its operations and its guards
@@ -18,19 +18,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from .torch_compat import is_our_backend
+from .torch_compat import current_backend, is_our_backend
 
 
-@torch._dynamo.assume_constant_result
+@torch.compiler.assume_constant_result
 def is_ours() -> bool:
     """Whether the running Dynamo trace is for one of our backends; False outside a trace."""
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    try:
-        compiler: Any = InstructionTranslator.current_tx().output.compiler_fn
-    except AttributeError:
-        return False
-    return is_our_backend(compiler)
+    return is_our_backend(current_backend())
 
 
 def local(ctx: Any, name: str) -> Any:

@@ -8,9 +8,10 @@ import torch
 from torch import fx
 
 from .canonical import placeholder_value, shape_of, tensor_inputs, value
-from .match.engine import VIEWS, Engine, aten, keeps_order, writes, written
+from .match.engine import Engine
 from .match.facts import Filled, Leaf, Picked, Sum, Val, refuse
 from .match.layer import Found
+from .match.nodes import VIEWS, aten, keeps_order, writes, written
 
 _SIZE_CHECKS = ("sym_size", "_assert_scalar", "_assert_async", "sym_constrain_range", "_assert_tensor_metadata")
 _COMPARISONS = ("ge", "le", "gt", "lt", "eq", "ne", "and_", "mul", "add", "sub", "sym_max", "sym_min")

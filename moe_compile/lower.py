@@ -13,10 +13,10 @@ from . import ops as ops  # the calls made here need the ops to be registered
 from .canonical import Canonical, shape_of, value
 from .legality import Region, is_size_check
 from .loops import marks
-from .match.engine import writes
 from .match.expert import Handle
 from .match.facts import Leaf, refuse, same
 from .match.layer import Found
+from .match.nodes import writes
 from .spec import Weight
 
 

@@ -105,6 +105,6 @@ def _is_torch(path: str) -> bool:
 
 def reset() -> None:
     """Forget every compiled frame of the process, so that the next call is traced again."""
-    import torch._dynamo
+    import torch
 
-    torch._dynamo.reset()
+    torch.compiler.reset()

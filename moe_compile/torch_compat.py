@@ -17,8 +17,10 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.comptime import comptime as comptime
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis, UnspecializeRestartAnalysis
 from torch._inductor.custom_graph_pass import CustomGraphPass as CustomGraphPass
+from torch.fx.experimental.symbolic_shapes import guard_or_false as guard_or_false
 
 log = logging.getLogger("moe_compile.capture")
 
@@ -30,6 +32,13 @@ def statically_true(condition: Any) -> bool:
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return bool(statically_known_true(condition))
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a plain fake one, of no subclass."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return type(tensor) is FakeTensor
 
 
 def fake_mode_of(values: Sequence[Any]) -> Any:
@@ -185,6 +194,16 @@ def add_backend(backend: Any) -> None:
     """Make ``is_our_backend`` true for ``backend`` and for whatever wraps it; idempotent."""
     if not any(known is backend for known in _backends):
         _backends.append(backend)
+
+
+def current_backend() -> Any:
+    """The backend of the running Dynamo trace, None outside a trace."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        return InstructionTranslator.current_tx().output.compiler_fn
+    except AttributeError:
+        return None
 
 
 def is_our_backend(compiler_fn: Any) -> bool:

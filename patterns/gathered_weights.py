@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from moe_compile.match.engine import Engine, Rules, aten
+from moe_compile.match.engine import Engine, Rules
 from moe_compile.match.facts import Sum
 from moe_compile.match.layer import Found, build
+from moe_compile.match.nodes import aten
 from moe_compile.spec import NoMatch
 
 from ._examples import Layer

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from moe_compile.canonical import shape_of, value
-from moe_compile.match.engine import ID_DTYPES, Engine, Rules, argument, aten, is_ids, is_integer, normal_dim, rank
+from moe_compile.match.engine import Engine, Rules
 from moe_compile.match.facts import (
     Atom,
     Counts,
@@ -35,6 +35,7 @@ from moe_compile.match.facts import (
     same,
 )
 from moe_compile.match.layer import Found, build, chosen_from
+from moe_compile.match.nodes import ID_DTYPES, argument, aten, is_ids, is_integer, normal_dim, rank
 from moe_compile.match.pairs import names_pair
 from moe_compile.match.routing import top_k
 from moe_compile.match.values import lift, linear_map, weight_leaf

@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx, nn
 
-from moe_compile.match.engine import Engine, Rules, aten
+from moe_compile.match.engine import Engine, Rules
 from moe_compile.match.facts import Sum, flat_names
 from moe_compile.match.layer import Found, build
+from moe_compile.match.nodes import aten
 from moe_compile.spec import NoMatch
 
 from ._examples import GatedMLP, Layer

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch._dynamo
 from torch import fx
 
 from moe_compile import capture
@@ -40,7 +39,7 @@ class Traced:
 
 def traced(model: Any, dynamic: bool | None = None) -> Traced:
     """``model`` compiled with the rewrite; nothing runs before ``call`` is called."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     result = Traced()
 
     def run(gm: fx.GraphModule, example_inputs: Any, **_: Any) -> Any:

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.comptime import comptime
-from torch.fx.experimental.symbolic_shapes import guard_or_false
 
+from ..torch_compat import comptime, guard_or_false
 from . import effects
 from .marks import blank as blank
 from .marks import join, mark, segment, store

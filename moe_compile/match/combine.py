@@ -10,7 +10,7 @@ from torch import fx
 
 from ..canonical import shape_of
 from . import scatter
-from .engine import Engine, Rules, argument, aten, is_float, normal_dim, rank
+from .engine import Engine, Rules
 from .facts import (
     Dims,
     Filled,
@@ -26,6 +26,7 @@ from .facts import (
     size_of,
     unify,
 )
+from .nodes import argument, aten, is_float, normal_dim, rank
 from .routing import as_router_weight, pair_ids, sum_gate, top_k
 from .views import as_dtype
 

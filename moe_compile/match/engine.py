@@ -17,65 +17,11 @@ from torch import fx
 
 from ..canonical import Canonical, shape_of, tensor_inputs, value
 from ..spec import NoMatch
-from ..torch_compat import statically_true
 from .facts import Ids, Leaf, Sum, Val, same
+from .nodes import FLAT_VIEWS, VIEWS, aten, holds_ids, is_getitem_of_view, is_pure, writes, written
 
 Rule = Callable[["Engine", fx.Node], Any]
 Rules = Mapping[Any, Rule]
-aten = torch.ops.aten
-
-# Results that share memory with their first argument.
-VIEWS = frozenset(
-    {
-        aten.view.default,
-        aten.reshape.default,
-        aten.transpose.int,
-        aten.permute.default,
-        aten.t.default,
-        aten.unsqueeze.default,
-        aten.squeeze.dim,
-        aten.squeeze.default,
-        aten.squeeze.dims,
-        aten.expand.default,
-        aten.select.int,
-        aten.slice.Tensor,
-        aten.chunk.default,
-        aten.split.Tensor,
-        aten.split_with_sizes.default,
-        aten.split.sizes,
-        aten.unbind.int,
-        aten.narrow.default,
-        aten.flatten.using_ints,
-        aten.detach.default,
-        aten.alias.default,
-        aten.contiguous.default,
-        aten.to.dtype,
-        aten.view_as.default,
-        aten.expand_as.default,
-        aten.to.dtype_layout,
-        aten.to.device,
-        aten.type_as.default,
-        aten.unflatten.int,
-        aten.movedim.int,
-        aten.swapaxes.default,
-        aten.numpy_T.default,
-        aten.mT.default,
-        aten.view.dtype,
-        aten.squeeze_.dim,
-        aten.unsqueeze_.default,
-        aten.swapdims.default,
-        aten.adjoint.default,
-        aten.chunk.default,
-    }
-)
-
-
-_FLAT_VIEWS = frozenset(
-    {
-        aten.view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.default,
-        aten.flatten.using_ints, aten.contiguous.default, aten.clone.default,
-    }
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -133,7 +79,7 @@ class Engine:
     def _step(self, node: fx.Node) -> None:
         target = node.target
         first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
-        if first is not None and (target in VIEWS or _is_getitem_of_view(node)):
+        if first is not None and (target in VIEWS or is_getitem_of_view(node)):
             base = self.base(first)
             self._base[node] = base
             self._views.setdefault(base, []).append(node)
@@ -209,7 +155,7 @@ class Engine:
         """The first node that computes the same from the same values, as long as neither was written."""
         if node not in self._number:
             self._number[node] = node
-            if node.op == "call_function" and _is_pure(node.target):
+            if node.op == "call_function" and is_pure(node.target):
                 at = self.position[node]
                 key = (node.target, self._key(node.args, at), self._key(node.kwargs, at))
                 self._number[node] = self._values.setdefault(key, node)
@@ -254,7 +200,7 @@ class Engine:
             whole = node.target is aten.slice.Tensor and shape_of(node) == shape_of(source)
             if node.target is aten.select.int:  # the only index of a dimension
                 whole = same(shape_of(source)[int(node.args[1])], 1)  # type: ignore[arg-type]
-            if (node.target not in _FLAT_VIEWS and not whole) or not self.unchanged(node):
+            if (node.target not in FLAT_VIEWS and not whole) or not self.unchanged(node):
                 break
             node = source
         return self.leaf(node)
@@ -314,21 +260,6 @@ class Engine:
         return None
 
 
-def under_flat_views(node: fx.Node) -> fx.Node:
-    """What lies under views that keep every element in row-major order."""
-    while keeps_order(node):
-        node = node.args[0]  # type: ignore[assignment]
-    return node
-
-
-def keeps_order(node: fx.Node) -> bool:
-    """Whether a node has every element of its first argument in the same row-major order."""
-    if node.target is aten.select.int:
-        source, dim = node.args[:2]
-        return bool(statically_true(shape_of(source)[dim] == 1))  # type: ignore[arg-type,index]
-    return node.target in _FLAT_VIEWS
-
-
 def ids_of(fact: Any) -> Leaf | None:
     """The routing decision that a fact speaks of."""
     if isinstance(fact, Ids):
@@ -351,79 +282,6 @@ def ids_of(fact: Any) -> Leaf | None:
         if slot.weight.ids is not None:
             return slot.weight.ids
     return None
-
-
-def is_integer(node: fx.Node) -> bool:
-    """Whether a node is an integer tensor."""
-    val = value(node)
-    return isinstance(val, torch.Tensor) and not val.dtype.is_floating_point and val.dtype is not torch.bool
-
-
-def holds_ids(node: fx.Node) -> bool:
-    """Whether a node's dtype holds every expert id: a cast to ``bool`` or ``int8`` makes other ids of them."""
-    val = value(node)
-    return isinstance(val, torch.Tensor) and val.dtype in ID_DTYPES
-
-
-def is_ids(node: fx.Node) -> bool:
-    """Whether the op takes a node's dtype as expert ids."""
-    return holds_ids(node) and value(node).dtype is not torch.int16
-
-
-def is_float(node: Any) -> bool:
-    """Whether ``node`` is a floating-point tensor node of at least 16 bits."""
-    val = value(node) if isinstance(node, fx.Node) else None
-    return isinstance(val, torch.Tensor) and val.dtype in FLOATS
-
-
-ID_DTYPES = (torch.int16, torch.int32, torch.int64)
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def rank(node: fx.Node) -> int:
-    """Number of dimensions of a node's tensor."""
-    return len(shape_of(node))
-
-
-def normal_dim(dim: int, n: int) -> int:
-    """A dimension index as a non-negative number."""
-    return dim % n if n else 0
-
-
-def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
-    """An argument given by position or by keyword."""
-    if len(node.args) > position:
-        return node.args[position]
-    return node.kwargs.get(name, default)
-
-
-def writes(target: Any) -> bool:
-    """Whether an op writes its first argument in place."""
-    schema = getattr(target, "_schema", None)
-    if schema is None or not schema.arguments:
-        return False
-    info = schema.arguments[0].alias_info
-    return info is not None and info.is_write
-
-
-def written(node: fx.Node) -> fx.Node:
-    """The tensor that a chain of in-place operations returns."""
-    while writes(node.target):
-        node = node.args[0]  # type: ignore[assignment]
-    return node
-
-
-def _is_pure(target: Any) -> bool:
-    """Whether two calls with equal arguments give equal results and touch nothing."""
-    schema = getattr(target, "_schema", None)
-    if schema is None:
-        return getattr(target, "__name__", "") == "getitem"
-    return not schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
-
-
-def _is_getitem_of_view(node: fx.Node) -> bool:
-    is_item = getattr(node.target, "__name__", "") == "getitem"
-    return is_item and node.args[0].target in VIEWS  # type: ignore[union-attr,operator]
 
 
 def _is_parameter(copy: Canonical, node: fx.Node) -> bool:

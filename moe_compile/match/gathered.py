@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from ..canonical import shape_of, value
-from .engine import Engine, Rules, argument, aten, is_float, is_integer, normal_dim
+from .engine import Engine, Rules
 from .facts import (
     Atom,
     Dim,
@@ -27,6 +27,7 @@ from .facts import (
     same,
     size_of,
 )
+from .nodes import argument, aten, is_float, is_integer, normal_dim
 from .routing import ids_dims, token_count
 from .values import lift, weight_leaf, x_rows
 

@@ -14,9 +14,10 @@ from torch import fx
 
 from ..canonical import shape_of, value
 from ..loops import marks
-from .engine import Engine, Rules, argument, aten, holds_ids, is_integer
+from .engine import Engine, Rules
 from .facts import Atom, Counts, Fact, Filled, Gate, Index, Leaf, Rows, Val, names, refuse, same
 from .layer import chosen_from
+from .nodes import argument, aten, holds_ids, is_integer
 from .routing import ids_dims
 from .scatter import _scatter_add
 from .stack import merge_weights

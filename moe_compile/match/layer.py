@@ -9,9 +9,10 @@ from torch import fx
 
 from ..canonical import shape_of, value
 from ..spec import Experts, MoE
-from .engine import Engine, aten, holds_ids
+from .engine import Engine
 from .expert import experts_of
 from .facts import Gate, Leaf, Part, RouterWeight, Slot, Sum, Val, refuse, same
+from .nodes import aten, holds_ids
 from .routing import top_k
 from .stack import merge_weights
 from .values import renumber

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from ..canonical import shape_of, value
-from .engine import Engine, Rules, argument, aten, is_float, is_ids, is_integer, normal_dim, rank
+from .engine import Engine, Rules
 from .facts import (
     Atom,
     Dim,
@@ -32,6 +32,7 @@ from .facts import (
     token_dims,
     unify,
 )
+from .nodes import argument, aten, is_float, is_ids, is_integer, normal_dim, rank
 from .slots import dense_column, of_one_slot
 from .values import lift, x_rows
 

@@ -8,8 +8,9 @@ from typing import Any
 from torch import fx
 
 from ..canonical import shape_of
-from .engine import Engine, is_float, rank
+from .engine import Engine
 from .facts import Dim, Dims, Gate, Index, RouterWeight, Rows, Val, refuse, same, size_of
+from .nodes import is_float, rank
 from .pairs import token_major
 from .routing import token_count, top_k
 from .slots import dense_column, of_one_slot

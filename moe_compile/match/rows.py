@@ -9,7 +9,7 @@ from torch import fx
 
 from ..canonical import shape_of, value
 from . import gathered
-from .engine import Engine, Rules, argument, aten, ids_of, is_float, normal_dim, rank
+from .engine import Engine, Rules, ids_of
 from .facts import (
     Atom,
     Coordinates,
@@ -33,6 +33,7 @@ from .facts import (
     same,
 )
 from .gathered import all_by_ids, by_ids, is_token_range
+from .nodes import argument, aten, is_float, normal_dim, rank
 from .pairs import names_pair, token_major
 from .routing import as_router_weight, token_count, top_k
 from .row_weights import flat_weight, lines_up, pair_weight, token_weight

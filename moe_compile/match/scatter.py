@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from ..canonical import shape_of
-from .engine import Engine, Rules, argument, aten, is_float, normal_dim, rank, writes
+from .engine import Engine, Rules
 from .facts import (
     Atom,
     Dims,
@@ -30,6 +30,7 @@ from .facts import (
     token_dims,
 )
 from .gathered import is_token_range
+from .nodes import argument, aten, is_float, normal_dim, rank, writes
 from .pairs import assign, names_pair, pair_dim, token_and_slot_dims
 from .routing import ids_dims, token_count, top_k
 from .rows import names_slot, names_token, rows_of_mask

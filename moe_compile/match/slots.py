@@ -14,8 +14,9 @@ import torch
 from torch import fx
 
 from ..canonical import shape_of, value
-from .engine import Engine, argument, aten, is_float, normal_dim, under_flat_views
+from .engine import Engine
 from .facts import Gate, Leaf, Part, RouterWeight, Rows, Sum, Val, refuse, same
+from .nodes import argument, aten, is_float, normal_dim, under_flat_views
 from .values import is_opaque
 
 _SWAPS = (aten.t.default, aten.numpy_T.default, aten.mT.default, aten.transpose.int, aten.permute.default)

@@ -8,8 +8,9 @@ from typing import Any
 from torch import fx
 
 from ..canonical import shape_of
-from .engine import Engine, Rules, argument, aten, normal_dim, written
+from .engine import Engine, Rules
 from .facts import Atom, Gate, Slot, Val, Wt, names, refuse
+from .nodes import argument, aten, normal_dim, written
 from .values import renumber
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from ..canonical import shape_of
-from .engine import VIEWS, Engine, Rules, argument, aten, is_float, rank
+from .engine import Engine, Rules
 from .facts import (
     Atom,
     Dim,
@@ -27,6 +27,7 @@ from .facts import (
     unify,
     unify_dim,
 )
+from .nodes import VIEWS, argument, aten, is_float, rank
 
 _SPREADS = frozenset(
     {aten.expand.default, aten.unsqueeze.default, aten.repeat.default, aten.repeat_interleave.self_int}

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from ..canonical import known_size, shape_of, value
-from .engine import FLOATS, ID_DTYPES, Engine, Rules, argument, aten, normal_dim
+from .engine import Engine, Rules
 from .facts import (
     Atom,
     Coordinates,
@@ -34,6 +34,7 @@ from .facts import (
     regroup,
     same,
 )
+from .nodes import FLOATS, ID_DTYPES, argument, aten, normal_dim
 
 
 def _through(engine: Engine, node: fx.Node) -> Fact | None:

@@ -14,6 +14,16 @@ class Base(Layer):
         super().__init__(**sizes)
         self.mlps = nn.ModuleList(GatedMLP(self.hidden, self.inter) for _ in range(self.experts))
 
+    def sorted(self, x):
+        """Weights, flat ids, their order by expert, and the rows in that order."""
+        w, ids = self.router(x)
+        order = ids.flatten().argsort(stable=True)
+        return w, ids.flatten(), order, x[order // self.top_k]
+
+    def back(self, x, w, order, y):
+        """Rows in expert order added to their tokens."""
+        return torch.zeros_like(x).index_add(0, order // self.top_k, (y * w.flatten()[order, None]).to(x.dtype))
+
 
 class Lists(Base):
     """Indices as lists of numbers, without a name of their own."""
@@ -76,11 +86,10 @@ class Split(Base):
     """``split`` by counts without a name."""
 
     def forward(self, x):
-        w, ids = self.router(x)
-        order = ids.flatten().argsort(stable=True)
-        chunks = x[order // self.top_k].split(ids.flatten().bincount(minlength=self.experts).tolist())
+        w, ids, order, rows = self.sorted(x)
+        chunks = rows.split(ids.bincount(minlength=self.experts).tolist())
         ys = torch.cat([mlp(c) for mlp, c in zip(self.mlps, chunks, strict=True)])
-        return torch.zeros_like(x).index_add(0, order // self.top_k, ys * w.flatten()[order, None])
+        return self.back(x, w, order, ys)
 
 
 class Stored(Base):
@@ -89,16 +98,14 @@ class Stored(Base):
     dtype = torch.float32
 
     def forward(self, x):
-        w, ids = self.router(x)
-        order = ids.flatten().argsort(stable=True)
-        counts = ids.flatten().bincount(minlength=self.experts)
-        rows = x[order // self.top_k]
+        w, ids, order, rows = self.sorted(x)
+        counts = ids.bincount(minlength=self.experts)
         y, start = torch.zeros_like(rows, dtype=self.dtype), 0
         for e, count in enumerate(counts.tolist()):
             end = start + count
             y[start:end] = self.mlps[e](rows[start:end])
             start = end
-        return torch.zeros_like(x).index_add(0, order // self.top_k, (y * w.flatten()[order, None]).to(x.dtype))
+        return self.back(x, w, order, y)
 
 
 class StoredWide(Stored):
@@ -109,10 +116,8 @@ class StoredWide(Stored):
 
 class CountsWrittenAfterwards(Base):
     def forward(self, x):
-        w, ids = self.router(x)
-        order = ids.flatten().argsort(stable=True)
-        counts = ids.flatten().bincount(minlength=self.experts)
-        rows = x[order // self.top_k]
+        w, ids, order, rows = self.sorted(x)
+        counts = ids.bincount(minlength=self.experts)
         y, start = torch.zeros_like(rows), 0
         numbers = counts.tolist()
         counts.copy_(counts.flip(0))
@@ -120,7 +125,7 @@ class CountsWrittenAfterwards(Base):
             end = start + count
             y[start:end] = self.mlps[e](rows[start:end])
             start = end
-        return torch.zeros_like(x).index_add(0, order // self.top_k, y * w.flatten()[order, None])
+        return self.back(x, w, order, y)
 
 
 class StoredSome(Base):
@@ -129,17 +134,15 @@ class StoredSome(Base):
     missing = 1
 
     def forward(self, x):
-        w, ids = self.router(x)
-        order = ids.flatten().argsort(stable=True)
-        counts = ids.flatten().bincount(minlength=self.experts)
-        rows = x[order // self.top_k]
+        w, ids, order, rows = self.sorted(x)
+        counts = ids.bincount(minlength=self.experts)
         y, start = torch.zeros_like(rows), 0
         for e, count in enumerate(counts.tolist()):
             end = start + count
             if e != self.missing:
                 y[start:end] = self.mlps[e](rows[start:end])
             start = end
-        return torch.zeros_like(x).index_add(0, order // self.top_k, y * w.flatten()[order, None])
+        return self.back(x, w, order, y)
 
 
 class StoredAllButLast(StoredSome):
@@ -150,27 +153,23 @@ class StoredTwice(Base):
     """Expert 1's rows replace those of expert 0."""
 
     def forward(self, x):
-        w, ids = self.router(x)
-        order = ids.flatten().argsort(stable=True)
-        counts = ids.flatten().bincount(minlength=self.experts)
-        rows = x[order // self.top_k]
+        w, ids, order, rows = self.sorted(x)
+        counts = ids.bincount(minlength=self.experts)
         y, start = torch.zeros_like(rows), 0
         for e, count in enumerate(counts.tolist()):
             end = start + count
             y[start:end] = self.mlps[e](rows[start:end])
             y[start:end] = self.mlps[(e + 1) % 4](rows[start:end])
             start = end
-        return torch.zeros_like(x).index_add(0, order // self.top_k, y * w.flatten()[order, None])
+        return self.back(x, w, order, y)
 
 
 class StoredAndRead(Base):
     """The buffer is read while it is not yet full, by another name."""
 
     def forward(self, x):
-        w, ids = self.router(x)
-        order = ids.flatten().argsort(stable=True)
-        counts = ids.flatten().bincount(minlength=self.experts)
-        rows = x[order // self.top_k]
+        w, ids, order, rows = self.sorted(x)
+        counts = ids.bincount(minlength=self.experts)
         y, start = torch.zeros_like(rows), 0
         same, total = y, 0.0
         for e, count in enumerate(counts.tolist()):
@@ -178,42 +177,38 @@ class StoredAndRead(Base):
             y[start:end] = self.mlps[e](rows[start:end])
             start = end
             total = total + same.sum()
-        return torch.zeros_like(x).index_add(0, order // self.top_k, y * w.flatten()[order, None]) + total
+        return self.back(x, w, order, y) + total
 
 
 class StoredOverAll(Base):
     """One row is written again when all are there."""
 
     def forward(self, x):
-        w, ids = self.router(x)
-        order = ids.flatten().argsort(stable=True)
-        counts = ids.flatten().bincount(minlength=self.experts)
-        rows = x[order // self.top_k]
+        w, ids, order, rows = self.sorted(x)
+        counts = ids.bincount(minlength=self.experts)
         y, start = torch.zeros_like(rows), 0
         for e, count in enumerate(counts.tolist()):
             end = start + count
             y[start:end] = self.mlps[e](rows[start:end])
             start = end
         y[0] = 1.0
-        return torch.zeros_like(x).index_add(0, order // self.top_k, y * w.flatten()[order, None])
+        return self.back(x, w, order, y)
 
 
 class StoredElsewhere(Base):
     """The groups of one routing decision are written at the places of another that counts alike."""
 
     def forward(self, x):
-        w, ids = self.router(x)
-        order = ids.flatten().argsort(stable=True)
-        counts = ids.flatten().bincount(minlength=self.experts)
-        others = ids.flip(0).flatten().bincount(minlength=self.experts)
-        rows = x[order // self.top_k]
+        w, ids, order, rows = self.sorted(x)
+        counts = ids.bincount(minlength=self.experts)
+        others = ids.flip(0).bincount(minlength=self.experts)
         y, start, begin = torch.zeros_like(rows), 0, 0
         places = others.tolist()
         for e, count in enumerate(counts.tolist()):
             end, last = start + count, begin + places[e]
             y[begin:last] = self.mlps[e](rows[start:end])
             start, begin = end, last
-        return torch.zeros_like(x).index_add(0, order // self.top_k, y * w.flatten()[order, None])
+        return self.back(x, w, order, y)
 
 
 def compared(kind):

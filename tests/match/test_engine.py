@@ -6,7 +6,7 @@ import pytest
 import torch
 from tracing import H, I, K, T, chosen, engine_of, fact_of, tokens
 
-from moe_compile.match import engine as rules
+from moe_compile.match import nodes as rules
 from moe_compile.match.engine import ids_of
 from moe_compile.match.facts import Gate, Leaf, Slot, Val, Wt
 
