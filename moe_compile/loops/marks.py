@@ -14,7 +14,8 @@ nonempty   site                         from here on: a block that ran only if `
 count      site, index                  the same, only if ``evidence[index]`` is not zero
 leave      site                         end of such a block or loop
 loop       site, number of experts      the loop body follows for experts 0 and 1 only
-probe      site, call, expert           ``evidence`` is what expert number ``expert`` computes in this call of the body
+probe      site, call, expert           ``evidence`` is what the experts from number ``expert`` on compute in this call
+                                        of the body
 end        site                         end of such a loop: it stands for all experts
 veto       site                         Python state changed in a way that no graph shows
 ========== ============================ ===========================================================

@@ -23,11 +23,19 @@ class Probe(NamedTuple):
     chain: tuple[str, ...]
     argument: str | None
 
-    def of(self, expert: ast.expr) -> ast.expr:
-        value: ast.expr = ast.Subscript(copy.deepcopy(self.container), expert, ast.Load())
+    def statements(self, site: ast.Constant, number_: int, items: str) -> list[ast.stmt]:
+        """``values = [container[e].chain(blank) for e in items]``, marked; a comprehension would be a function."""
+        expert, values, blank = (f"{HELPERS}_{name}" for name in ("expert", "values", "blank"))
+        value: ast.expr = ast.Subscript(copy.deepcopy(self.container), read(expert), ast.Load())
         for attribute in self.chain:
             value = ast.Attribute(value, attribute, ast.Load())
-        return value if self.argument is None else ast.Call(value, [call("blank", read(self.argument))], [])
+        before: list[ast.stmt] = [ast.Assign([ast.Name(values, ast.Store())], ast.List([], ast.Load()))]
+        if self.argument is not None:
+            before.append(ast.Assign([ast.Name(blank, ast.Store())], call("blank", read(self.argument))))
+            value = ast.Call(value, [read(blank)], [])
+        append = ast.Expr(ast.Call(ast.Attribute(read(values), "append", ast.Load()), [value], []))
+        each = ast.For(ast.Name(expert, ast.Store()), read(items), [append], [])
+        return [*before, each, do("probe", site, number(number_), read(values))]
 
 
 def shrink(function: Function) -> bool:
@@ -76,11 +84,8 @@ def _loop(function: Function, s: ast.For) -> list[ast.stmt]:
         for name, container in elements.items()
     ]
     probes: list[ast.stmt] = []
-    index = f"{HELPERS}_expert"
     for n, p in enumerate(uses.probes):
-        one = do("probe", site, number(n), read(index), p.of(read(index)))
-        each = ast.For(ast.Name(index, ast.Store()), read(items), [one], [])
-        probes.append(ast.If(call("separate", copy.deepcopy(p.container)), [each], []))
+        probes.append(ast.If(call("separate", copy.deepcopy(p.container)), p.statements(site, n, items), []))
     new: list[ast.stmt] = [
         ast.Assign([ast.Name(items, ast.Store())], experts),
         ast.For(ast.Name(expert, ast.Store()), call("iterations", site, read(items)), [*first, *body], []),

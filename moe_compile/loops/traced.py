@@ -122,9 +122,9 @@ def separate(container: Any) -> bool:
     return isinstance(container, (nn.ModuleList, nn.ParameterList))
 
 
-def probe(site: int, call: int, expert: int, value: Any) -> None:
-    """What one expert computes in one call of the body."""
-    mark([value], "probe", [site, call, expert])
+def probe(site: int, call: int, values: list[Any]) -> None:
+    """What every expert computes in one call of the body."""
+    mark(values, "probe", [site, call, 0])
 
 
 def end(site: int, *changed: Any) -> None:

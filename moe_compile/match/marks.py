@@ -56,8 +56,8 @@ def _remember(engine: Engine, node: fx.Node) -> Any:
     if kind == "loop":
         shrunk.begin(engine, numbers[0], numbers[1], node)
     elif kind == "probe":
-        assert tensor is not None
-        shrunk.probe(engine, tuple(numbers), tensor)
+        for expert, value in enumerate(evidence, numbers[2]):
+            shrunk.probe(engine, (numbers[0], numbers[1], expert), value)
     elif kind == "end":
         shrunk.end(engine, numbers[0], node)
     return None

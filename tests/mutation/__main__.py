@@ -1,11 +1,11 @@
 """Mutation test of the matcher: switch each guard off in turn, and some test must fail.
 
     python -m tests.mutation [--only match.rows] [--tests tests/near_misses ..] [--json out.json]
-                             [--after earlier.json]
+                             [--after earlier.json] [--workers 2]
 
 Run from the root of the repository. The score is killed / (all mutants less those of ``equivalent.py``); the
 figures are in ``docs/mutation.md``. ``--after`` takes the kills of an earlier run for granted and tries only what
-survived it.
+survived it. Every worker takes a share of the tests and tries all mutants with it.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ import functools
 import inspect
 import io
 import json
+import multiprocessing
 import os
+import queue
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(Path(__file__).parent)]
@@ -128,10 +131,13 @@ class Suite:
                 self.hits[name] = set()
         return unfit
 
-    def killer(self, mutant: Mutant) -> tuple[str, int]:
-        """The test that fails with ``mutant`` ("" when none does), and how many were run."""
+    def killer(self, mutant: Mutant, many: bool) -> tuple[str, int]:
+        """The test that fails with ``mutant`` ("" when none does), and how many were run.
+
+        ``many``: the guard speaks in many tests, those of other workers counted.
+        """
         speaking = sorted((n for n, hits in self.hits.items() if mutant.number in hits), key=self.seconds.__getitem__)
-        if len(speaking) > FEW:
+        if many:
             speaking = [n for n in speaking if n not in self.recorder.slow]
         SWITCH.active = mutant.number
         try:
@@ -143,14 +149,68 @@ class Suite:
         return "", len(speaking)
 
 
-def earlier(path: str | None) -> dict[tuple[str, int], str]:
-    """Killers of an earlier run, by key and by which of the mutants with that key it is."""
+class Report(NamedTuple):
+    """What one worker found: (killer, tests run) by mutant, tests that do not pass, number of slow tests."""
+
+    found: dict[int, tuple[str, int]]
+    unfit: list[str]
+    slow: int
+
+
+class Shared(NamedTuple):
+    """What the workers know of each other."""
+
+    killed: Any  # [mutants] 1 once some worker has killed it
+    speaks: Any  # [mutants] in how many tests the guard speaks
+    together: Any  # barrier between the baseline and the mutants
+
+
+def worker(tests: dict[str, Any], mutants: list[Mutant], shared: Shared, reports: Any) -> None:
+    """Try ``mutants`` with one share of the tests."""
+    signal.signal(signal.SIGPROF, _timeout)
+    suite = Suite(tests)
+    unfit = suite.baseline()
+    with shared.speaks.get_lock():
+        for hits in suite.hits.values():
+            for number in hits:
+                shared.speaks[number] += 1
+    shared.together.wait()
+    found = {}
+    for mutant in mutants:
+        if not shared.killed[mutant.number]:
+            test, tries = suite.killer(mutant, shared.speaks[mutant.number] > FEW)
+            found[mutant.number] = test, tries
+            if test:
+                shared.killed[mutant.number] = 1
+    reports.put(Report(found, unfit, len(suite.recorder.slow)))
+
+
+def received(reports: Any, workers: list[Any]) -> Iterator[Report]:
+    """The report of every worker; one that died would be waited for in vain."""
+    for _ in workers:
+        while True:
+            try:
+                yield reports.get(timeout=10)
+                break
+            except queue.Empty:
+                dead = [process for process in workers if process.exitcode]
+                if dead:
+                    raise RuntimeError(f"{dead[0].name} died with exit code {dead[0].exitcode}") from None
+
+
+def earlier(path: str | None, mutants: list[Mutant]) -> dict[int, str]:
+    """Killers of an earlier run by mutant: those with one key are told apart by their order."""
+    rows: dict[tuple[str, int], str] = {}
     seen: collections.Counter[str] = collections.Counter()
-    out = {}
     for row in json.loads(Path(path).read_text()) if path else []:
         seen[row["key"]] += 1
-        out[row["key"], seen[row["key"]]] = row["killer"]
-    return out
+        rows[row["key"], seen[row["key"]]] = row["killer"]
+    seen.clear()
+    out = {}
+    for mutant in mutants:
+        seen[mutant.key] += 1
+        out[mutant.number] = rows.get((mutant.key, seen[mutant.key]), "")
+    return {number: test for number, test in out.items() if test}
 
 
 def _timeout(*_: Any) -> None:
@@ -163,35 +223,51 @@ def main() -> int:
     parser.add_argument("--tests", nargs="+", default=TESTS, help="test files or directories")
     parser.add_argument("--json", help="write every mutant and its killer here")
     parser.add_argument("--after", help="what an earlier run wrote: what it killed is not tried again")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
-    signal.signal(signal.SIGPROF, _timeout)
     os.chdir(ROOT)
-    suite = Suite(collect(list(options.tests)))
     start = time.perf_counter()
-    unfit = suite.baseline()
+    tests = collect(list(options.tests))
+    killers = earlier(options.after, SWITCH.mutants)
     mutants = [m for m in SWITCH.mutants if options.only in m.module]
-    print(f"{len(suite.tests)} tests, {len(suite.recorder.slow)} of them with Dynamo every time, "
-          f"{len(unfit)} unfit, {len(mutants)} mutants, {time.perf_counter() - start:.0f} s", flush=True)  # fmt: skip
-    for line in unfit:
+    tries = collections.Counter[int]()
+    unfit, slow = [], 0
+    fork = multiprocessing.get_context("fork")
+    shared = Shared(*(fork.Array("i", len(SWITCH.mutants)) for _ in range(2)), fork.Barrier(options.workers))
+    reports = fork.Queue()
+    names = sorted(tests)
+    todo = [m for m in mutants if m.number not in killers]
+    workers = [
+        fork.Process(
+            target=worker, args=({n: tests[n] for n in names[i :: options.workers]}, todo, shared, reports), daemon=True
+        )
+        for i in range(options.workers)
+    ]
+    for process in workers:
+        process.start()
+    for report in received(reports, workers):
+        unfit += report.unfit
+        slow += report.slow
+        for number, (test, run) in report.found.items():
+            tries[number] += run
+            if test:
+                killers.setdefault(number, test)
+    print(f"{len(tests)} tests, {slow} of them with Dynamo every time, {len(unfit)} unfit, {len(mutants)} mutants")
+    for line in sorted(unfit):
         print(f"unfit: {line}")
     rows: list[dict[str, Any]] = []
     killed = excused = 0
-    known = earlier(options.after)
-    seen: collections.Counter[str] = collections.Counter()
     for mutant in mutants:
-        seen[mutant.key] += 1
-        test, tries = known.get((mutant.key, seen[mutant.key]), ""), 0
-        if not test:
-            test, tries = suite.killer(mutant)
-        rows.append({"at": f"{mutant.module}:{mutant.line}", "key": mutant.key, "killer": test, "tries": tries})
-        if options.json:
-            Path(options.json).write_text(json.dumps(rows, indent=1))
+        test, run = killers.get(mutant.number, ""), tries[mutant.number]
+        rows.append({"at": f"{mutant.module}:{mutant.line}", "key": mutant.key, "killer": test, "tries": run})
         killed += bool(test)
         if not test:
             reason = EQUIVALENT.get(mutant.key)
             excused += reason is not None
             fate = "equivalent" if reason else "survived"
-            print(f"{fate} after {tries}: {rows[-1]['at']}: {mutant.kind}: {mutant.text}", flush=True)
+            print(f"{fate} after {run}: {rows[-1]['at']}: {mutant.kind}: {mutant.text}")
+    if options.json:
+        Path(options.json).write_text(json.dumps(rows, indent=1))
     score = killed / max(1, len(mutants) - excused)
     print(f"killed {killed} of {len(mutants)} mutants, {excused} equivalent: score {score:.1%}, "
           f"{time.perf_counter() - start:.0f} s")  # fmt: skip
