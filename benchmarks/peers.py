@@ -72,7 +72,7 @@ def applies(name: str, layer: Layer, tokens: int) -> bool:
 def build(name: str, layer: Layer, w1: Tensor, w2: Tensor) -> Program:
     """The program of a peer; names that end in ``_c``, and ours, are compiled."""
     if name == "ours":
-        return torch.compile(_ours(layer, w1, w2), dynamic=False)
+        return torch.compile(_ours(layer, w1, w2), backend="moe_compile", dynamic=False)
     if name == "hand_c":
         return torch.compile(_hand(layer, w1, w2), dynamic=False)
     implementation = {"hf_grouped": "grouped_mm", "hf_batched": "batched_mm", "hf_eager": "eager"}

@@ -18,6 +18,7 @@ from . import capture, huggingface, torch_compat
 from .config import OptionError, Options, enabled, split_options
 from .report import REFUSED, Site, record
 from .rewriting import Result, analyse_graph, rewrite_graph
+from .router_pass import RouterPass
 from .verify import compare_first_call
 
 log = logging.getLogger("moe_compile.backend")
@@ -53,7 +54,7 @@ def moe_compile(
         result = attempt(gm, chosen)
         if chosen.verify and result.original is not None:
             original = fx.GraphModule(gm, result.original)
-    compiled = torch_compat.inductor(gm, example_inputs, mode, theirs)
+    compiled = torch_compat.inductor(gm, example_inputs, mode, theirs, RouterPass())
     return compare_first_call(original, compiled) if original is not None else compiled
 
 

@@ -9,16 +9,13 @@ the pass is then not even called on a warm start.
 
 from __future__ import annotations
 
-import hashlib
-from functools import lru_cache
-from pathlib import Path
 from typing import Any, cast
 
 from torch import fx
 
 from .backend import attempt
 from .config import Options, enabled
-from .patterns import FORMS
+from .identity import source_hash
 from .torch_compat import CustomGraphPass
 
 
@@ -43,13 +40,3 @@ class MoEPass(CustomGraphPass):  # type: ignore[misc]
     def uuid(self) -> str:
         """Identity of the rewrite for Inductor's caches."""
         return f"moe_compile-{source_hash()}-{self.options}-{enabled()}"
-
-
-@lru_cache(maxsize=1)
-def source_hash() -> str:
-    """SHA-256 over every Python file of the package."""
-    digest = hashlib.sha256()
-    for root in (Path(__file__).parent, Path(FORMS[0].__file__).parent):
-        for path in sorted(root.rglob("*.py")):
-            digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]

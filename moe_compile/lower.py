@@ -17,6 +17,7 @@ from .match.expert import Handle
 from .match.facts import Leaf, refuse, same
 from .match.layer import Found
 from .match.nodes import writes
+from .routers import Chain
 from .spec import Weight
 
 
@@ -235,6 +236,26 @@ def _emit(c: _Cursor, expr: Any, made: dict[Any, fx.Node]) -> Any:
         node = c.call(target, tuple(_emit(c, a, made) for a in args), dict(kwargs))
     made[expr] = node
     return node
+
+
+def fuse_router(chain: Chain) -> None:
+    """Replace a proved router in Inductor's graph by one op; what else reads its scores keeps them."""
+    graph, router = chain.topk.graph, chain.router
+    weights, ids = chain.weights.meta["val"], chain.ids.meta["val"]
+    arguments = (chain.logits, chain.top_k, router.score, router.renormalise, router.eps, router.scale, weights.dtype)
+    with graph.inserting_before(chain.topk):
+        both = graph.call_function(torch.ops.moe_compile.route.default, arguments)
+        both.meta["val"] = (torch.empty_like(weights), torch.empty_like(ids))
+        for i, old in enumerate((chain.weights, chain.ids)):
+            new = graph.call_function(operator.getitem, (both, i))
+            new.meta["val"] = both.meta["val"][i]
+            old.replace_all_uses_with(new)
+    todo = [chain.weights, chain.ids]
+    while todo:
+        node = todo.pop()
+        if node.op == "call_function" and not node.users and not node._erased:
+            todo += node.all_input_nodes
+            graph.erase_node(node)
 
 
 def has_marks(gm: fx.GraphModule) -> bool:

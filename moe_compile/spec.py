@@ -23,6 +23,7 @@ from torch import Tensor
 
 INF = math.inf
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity")
+SCORES = ("softmax", "sigmoid")
 
 
 class NoMatch(Exception):
@@ -104,6 +105,37 @@ def _apply(name: str, g: Tensor, alpha: float) -> Tensor:
     if name == "relu2":
         return torch.relu(g).square()
     return g
+
+
+@dataclass(frozen=True)
+class Router:
+    """How ``topk_weights`` and ``topk_ids`` come from the router's logits.
+
+    The K largest logits of a token are chosen. Their weights are ``score(logits)`` over all experts (``softmax`` or
+    ``sigmoid``), divided by their sum plus ``eps`` if ``renormalise``, times ``scale``.
+    """
+
+    score: str = "softmax"
+    renormalise: bool = True
+    eps: float = 0.0
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.score not in SCORES:
+            raise ValueError(f"score {self.score!r} is not one of {', '.join(SCORES)}")
+
+    def reference(self, logits: Tensor, top_k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """``logits [T, E]`` -> weights ``[T, K]`` in ``dtype`` and int64 ids ``[T, K]``, the largest first.
+
+        Computed in float32, or in float64 where the logits are.
+        """
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        ids = torch.topk(wide, top_k, dim=-1).indices
+        scores = torch.softmax(wide, dim=-1) if self.score == "softmax" else torch.sigmoid(wide)
+        weights = scores.gather(-1, ids)
+        if self.renormalise:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + self.eps)
+        return (weights * self.scale).to(dtype), ids
 
 
 @dataclass(frozen=True)

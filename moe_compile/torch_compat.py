@@ -99,11 +99,18 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     return twin
 
 
-def inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None, options: dict[str, Any]) -> Any:
-    """Compile with Inductor the way ``torch.compile(mode=, options=)`` does: names and types are validated."""
-    from torch import _TorchCompileInductorWrapper
+def inductor(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None, options: dict[str, Any], late: CustomGraphPass
+) -> Any:
+    """Compile with Inductor the way ``torch.compile(mode=, options=)`` does: names and types are validated.
 
-    return _TorchCompileInductorWrapper(mode, options or None, None)(gm, example_inputs)
+    ``late`` runs on Inductor's graph of ATen operations, unless the user has put a pass of their own there.
+    """
+    from torch import _TorchCompileInductorWrapper
+    from torch._inductor import config
+
+    with config.patch(post_grad_custom_pre_pass=config.post_grad_custom_pre_pass or late):
+        return _TorchCompileInductorWrapper(mode, options or None, None)(gm, example_inputs)
 
 
 def matcher_pass() -> Any:

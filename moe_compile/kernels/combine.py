@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import power_of_two
+from .launch import dependent, follow
 
 
 @triton.jit(do_not_specialize=["T", "E"])
@@ -31,6 +32,7 @@ def combine_kernel(
     K: tl.constexpr,
     BM: tl.constexpr,
     BH: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Rows are in sorted order when ``position`` is given, else in the order of the pairs."""
     t = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -39,6 +41,7 @@ def combine_kernel(
     inside = (c < H)[None, :]
     pair = t.to(tl.int64) * K
     acc = tl.zeros((BM, BH), tl.float32)
+    follow(PDL)
     if position is not None:
         total = tl.load(offsets + E)
     for k in tl.range(0, K, loop_unroll_factor=8):
@@ -63,8 +66,9 @@ def combine_kernel(
 
 
 @triton.jit(do_not_specialize=["P"])
-def invert_kernel(order, inverse, P, BLOCK: tl.constexpr):
+def invert_kernel(order, inverse, P, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """inverse[order[s]] = s."""
+    follow(PDL)
     s = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(inverse + tl.load(order + s, mask=s < P, other=0), s, mask=s < P)
 
@@ -74,7 +78,7 @@ def invert(order: Tensor) -> Tensor:
     pairs = order.numel()
     inverse = torch.empty_like(order, dtype=torch.int32)
     if pairs:
-        invert_kernel[(triton.cdiv(pairs, 1024),)](order, inverse, pairs, BLOCK=1024)
+        invert_kernel[(triton.cdiv(pairs, 1024),)](order, inverse, pairs, BLOCK=1024, **dependent(order))
     return inverse
 
 
@@ -96,7 +100,7 @@ def _launch(
     bm = 1 if tokens < 1024 else max(1, 2048 // bh)
     grid = (triton.cdiv(tokens, bm), triton.cdiv(hidden, bh))
     combine_kernel[grid](
-        rows, position, offsets, ids, weights, out, tokens, experts, hidden, K=top_k, BM=bm, BH=bh
+        rows, position, offsets, ids, weights, out, tokens, experts, hidden, K=top_k, BM=bm, BH=bh, **dependent(rows)
     )
     return out
 
@@ -113,9 +117,7 @@ def combine_sorted(
     return _launch(rows, position, offsets, None, weights, offsets.shape[0] - 1, top_k, out_dtype)
 
 
-def combine_pairs(
-    rows: Tensor, ids: Tensor, weights: Tensor | None, experts: int, out_dtype: torch.dtype
-) -> Tensor:
+def combine_pairs(rows: Tensor, ids: Tensor, weights: Tensor | None, experts: int, out_dtype: torch.dtype) -> Tensor:
     """``rows [P, H]`` in the order of the pairs of ``ids [T, K]`` -> ``[T, H]``."""
     return _launch(rows, None, None, ids, weights, experts, ids.shape[1], out_dtype)
 

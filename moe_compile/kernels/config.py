@@ -16,7 +16,7 @@ PATHS = ("gemv", "decode", "sorted")
 GEMV_TOKENS = 2  # up to here one pair per program wins; from 4 tokens on the tensor cores do
 DECODE_TOKENS = 64  # up to here every hit expert's rows are found without a sort
 DECODE_TOKENS_SPARSE = 128  # the same where few rows meet in one expert
-DECODE_ROWS_SPARSE = 8.0
+DECODE_ROWS_SPARSE = 16.0
 TMA_ROWS = 256  # mean rows per expert from which on descriptors win
 LADDER_ROWS = 40  # the same for tiles of graded height
 DECODE_IDS = 4096  # ids that one program of the decode kernel holds in registers
@@ -124,10 +124,10 @@ def select(
 
 
 def _decode(tokens: int) -> tuple[Tiles, Tiles]:
-    bm = 16 if tokens <= 16 else 32
+    bm, tail = (16, 0) if tokens <= 16 else (32, 1)
     return (
-        Tiles(bm, 128, 128, 4, 5, swap=True, evict="evict_first"),
-        Tiles(bm, 128, 128, 4, 4, swap=True, evict="evict_first"),
+        Tiles(bm, 128, 128, 4, 5, swap=True, tail=tail, evict="evict_first"),
+        Tiles(bm, 128, 128, 4, 4, swap=True, tail=tail, evict="evict_first"),
     )
 
 

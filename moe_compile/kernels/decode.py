@@ -15,7 +15,46 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import Tiles, power_of_two
+from .launch import dependent, follow
 from .tile import Projection, expert_tile
+
+
+@triton.jit
+def _slot(ids, mine, token, nth, ok, e, once, s, holds, K: tl.constexpr):
+    """Which of the token's slots holds its ``nth`` pair with expert ``e``."""
+    slot = tl.zeros_like(token)
+    if once:
+        slot_of = tl.sum(tl.where(mine, s[None, :], 0), 1)  # [TP]
+        slot = tl.sum(tl.where(holds, slot_of[None, :], 0), 1)
+    else:
+        seen = tl.zeros_like(token)
+        for k in range(K):
+            own = tl.load(ids + token * K + k, mask=ok, other=-1).to(tl.int32) == e
+            slot = tl.where(own & (seen == nth), k, slot)
+            seen += own.to(tl.int32)
+    return slot
+
+
+@triton.jit
+def _rows(
+    x, x_stride, ids, scales, out, mine, hits, first, rows, e, tn, once, N, D, W,
+    K: tl.constexpr, TP: tl.constexpr, KP: tl.constexpr, BY_TOKEN: tl.constexpr, M: tl.constexpr, S: tl.constexpr,
+    BM: tl.constexpr,
+):  # fmt: skip
+    """BM of the expert's rows, from its pair number ``first`` on."""
+    t = tl.arange(0, TP)
+    s = tl.arange(0, KP)
+    j = first + tl.arange(0, BM)
+    ok = j < rows
+    after = tl.cumsum(hits, 0)
+    # the token that holds the expert's j-th pair, and how many of its pairs come before in the token
+    holds = ((after - hits)[None, :] <= j[:, None]) & (j[:, None] < after[None, :])  # [BM, TP]
+    token = tl.sum(tl.where(holds, t[None, :], 0), 1)
+    nth = j - tl.sum(tl.where(holds, (after - hits)[None, :], 0), 1)
+    pair = token * K + _slot(ids, mine, token, nth, ok, e, once, s, holds, K)
+    # where not ok this is row 0: readable, and rows do not mix
+    row = (token if BY_TOKEN else pair).to(tl.int64)
+    expert_tile(x, x_stride, row, scales, pair, out, pair.to(tl.int64), ok, e, tn, N, D, W, M, S, BM)
 
 
 @triton.jit(do_not_specialize=["T", "E"])
@@ -38,13 +77,17 @@ def decode_kernel(
     M: tl.constexpr,
     S: tl.constexpr,
     BM: tl.constexpr,
+    TAIL: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """``BY_TOKEN``: rows of x are tokens, else pairs."""
+    """``BY_TOKEN``: rows of x are tokens, else pairs, and x is what the first GEMM wrote."""
     tn = tl.program_id(0)
     which = tl.program_id(1)
     t = tl.arange(0, TP)
     s = tl.arange(0, KP)
     number = t[:, None] * K + s[None, :]
+    if BY_TOKEN:
+        follow(PDL)
     id = tl.load(ids + number, mask=(t < T)[:, None] & (s < K)[None, :], other=-1).to(tl.int32)  # [TP, KP]
     if BY_EXPERT:
         e = which
@@ -57,27 +100,23 @@ def decode_kernel(
         earlier = tl.sum(tl.sum((mine & (number < which)).to(tl.int32), 1), 0)
         live = (e >= 0) & (e < E) & (earlier == 0)
     hits = tl.sum(mine.to(tl.int32), 1)  # [TP]
-    after = tl.cumsum(hits, 0)
     rows = tl.sum(hits, 0)
+    once = tl.max(hits, 0) <= 1  # nobody chose the expert twice for one token
+    if not BY_TOKEN:
+        # the ids are older than the rows of x: they were complete before the first GEMM began
+        follow(PDL)
     if live:
-        for first in range(0, rows, BM):
-            j = first + tl.arange(0, BM)
-            ok = j < rows
-            # the token that holds the expert's j-th pair, and how many of its pairs come before in the token
-            holds = ((after - hits)[None, :] <= j[:, None]) & (j[:, None] < after[None, :])  # [BM, TP]
-            token = tl.sum(tl.where(holds, t[None, :], 0), 1)
-            nth = j - tl.sum(tl.where(holds, (after - hits)[None, :], 0), 1)
-            slot = tl.zeros((BM,), tl.int32)
-            seen = tl.zeros((BM,), tl.int32)
-            for k in tl.range(0, K, loop_unroll_factor=8):
-                own = tl.load(ids + token * K + k, mask=ok, other=-1).to(tl.int32) == e
-                slot = tl.where(own & (seen == nth), k, slot)
-                seen += own.to(tl.int32)
-            pair = token * K + slot
-            # where not ok this is row 0: readable, and rows do not mix
-            row = (token if BY_TOKEN else pair).to(tl.int64)
-            at = pair.to(tl.int64)
-            expert_tile(x, x_stride, row, scales, pair, out, at, ok, e, tn, N, D, W, M, S, BM)
+        if TAIL == 0 or rows > BM // 2:
+            for first in range(0, rows, BM):
+                _rows(
+                    x, x_stride, ids, scales, out, mine, hits, first, rows, e, tn, once, N, D, W,
+                    K, TP, KP, BY_TOKEN, M, S, BM,
+                )  # fmt: skip
+        elif rows > 0:
+            _rows(
+                x, x_stride, ids, scales, out, mine, hits, 0, rows, e, tn, once, N, D, W,
+                K, TP, KP, BY_TOKEN, M, S, BM // 2,
+            )  # fmt: skip
 
 
 def decode_projection(
@@ -120,7 +159,9 @@ def decode_projection(
         M=projection.meaning,
         S=shape,
         BM=plan.bm,
+        TAIL=plan.tail,
         num_warps=plan.warps,
         num_stages=plan.stages,
+        **dependent(x),
     )
     return out

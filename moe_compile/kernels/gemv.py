@@ -19,6 +19,7 @@ from .activation import activate
 from .combine import combine_twin
 from .config import gemv_down_steps, gemv_up_steps
 from .grouped import projection_twin
+from .launch import dependent, follow
 from .operand import expert_base
 from .tile import Projection
 
@@ -39,10 +40,12 @@ def gemv_up_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     EVEN_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """BN columns of one pair: ``out[pair, :]``; nothing is written for a pair without an expert."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     pair = tl.program_id(1)
+    follow(PDL)
     e = tl.load(ids + pair).to(tl.int32)
     if (e >= 0) & (e < E):
         k = tl.arange(0, BK)
@@ -97,6 +100,34 @@ def gemv_up_kernel(
         tl.store(out + pair.to(tl.int64) * N + n, y.to(out.dtype.element_ty), mask=here)
 
 
+@triton.jit
+def _down_step(
+    rows, ids, weights, first, step, row, D, E, W,
+    K: tl.constexpr, M: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, EVEN_D: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Products of G experts of one token with BK of the depth: ``[G, BN, BK]``."""
+    steps = tl.cdiv(D, BK)
+    k = tl.arange(0, BK)
+    s = step // steps * G + tl.arange(0, G)
+    d = step % steps * BK
+    e = tl.load(ids + first + s, mask=s < K, other=-1).to(tl.int32)  # [G]
+    valid = (e >= 0) & (e < E)
+    weight = valid.to(tl.float32)
+    if weights is not None:
+        weight = tl.load(weights + first + s, mask=valid, other=0.0).to(tl.float32)
+    base = expert_base(W.w, tl.where(valid, e, 0), M.w, M.w_aligned)
+    wp = base[:, None, None] + row[None, :, None] * W.w.out + (d + k)[None, None, :]
+    ap = rows + (first + s)[:, None] * D + (d + k)[None, :]
+    if EVEN_D:
+        inside = valid[:, None]
+    else:
+        inside = valid[:, None] & (k < D - d)[None, :]
+    wt = tl.load(wp, mask=inside[:, None, :], other=0.0, eviction_policy="evict_first")
+    follow(PDL)
+    a = tl.load(ap, mask=inside, other=0.0).to(tl.float32) * weight[:, None]  # [G, BK]
+    return wt.to(tl.float32) * a[:, None, :]
+
+
 @triton.jit(do_not_specialize=["E"])
 def gemv_down_kernel(
     rows,
@@ -113,32 +144,19 @@ def gemv_down_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     EVEN_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """BN columns of one token over all its experts, G of them at once: ``out[t, :]``."""
+    """BN columns of one token over all its experts, G of them at once: ``out[t, :]``.
+
+    The ids, their weights and the first step of W2 are asked for before the wait: only ``rows`` come from the kernel
+    before this one, and everything older was complete before that one let this one come up.
+    """
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     first = tl.program_id(1).to(tl.int64) * K
     row = tl.where(n < N, n, 0).to(tl.int64)
-    k = tl.arange(0, BK)
-    steps = tl.cdiv(D, BK)
-    acc = tl.zeros((G, BN, BK), tl.float32)
-    for step in range(0, tl.cdiv(K, G) * steps):
-        s = step // steps * G + tl.arange(0, G)
-        d = step % steps * BK
-        e = tl.load(ids + first + s, mask=s < K, other=-1).to(tl.int32)  # [G]
-        valid = (e >= 0) & (e < E)
-        weight = valid.to(tl.float32)
-        if weights is not None:
-            weight = tl.load(weights + first + s, mask=valid, other=0.0).to(tl.float32)
-        base = expert_base(W.w, tl.where(valid, e, 0), M.w, M.w_aligned)
-        wp = base[:, None, None] + row[None, :, None] * W.w.out + (d + k)[None, None, :]
-        ap = rows + (first + s)[:, None] * D + (d + k)[None, :]
-        if EVEN_D:
-            inside = valid[:, None]
-        else:
-            inside = valid[:, None] & (k < D - d)[None, :]
-        wt = tl.load(wp, mask=inside[:, None, :], other=0.0, eviction_policy="evict_first")
-        a = tl.load(ap, mask=inside, other=0.0).to(tl.float32) * weight[:, None]  # [G, BK]
-        acc += wt.to(tl.float32) * a[:, None, :]
+    acc = _down_step(rows, ids, weights, first, 0, row, D, E, W, K, M, G, BK, EVEN_D, PDL)
+    for step in range(1, tl.cdiv(K, G) * tl.cdiv(D, BK)):
+        acc += _down_step(rows, ids, weights, first, step, row, D, E, W, K, M, G, BK, EVEN_D, False)
     y = tl.sum(tl.sum(acc, 2), 0)
     if W.b.ptr is not None:
         for g in range(0, K, G):
@@ -154,9 +172,7 @@ def gemv_down_kernel(
     tl.store(out + tl.program_id(1).to(tl.int64) * N + n, y.to(out.dtype.element_ty), mask=n < N)
 
 
-def gemv_up(
-    x: Tensor, ids: Tensor, experts: int, projection: Projection, scales: Tensor | None = None
-) -> Tensor:
+def gemv_up(x: Tensor, ids: Tensor, experts: int, projection: Projection, scales: Tensor | None = None) -> Tensor:
     """Tokens ``x [T, D]`` -> ``[P, N]`` in the order of the pairs; twin: ``grouped.projection_twin``."""
     pairs, top_k = ids.numel(), ids.shape[1]
     out = x.new_empty(pairs, projection.columns)
@@ -179,6 +195,7 @@ def gemv_up(
         BK=bk,
         EVEN_D=projection.depth % bk == 0,
         num_warps=4,
+        **dependent(x),
     )
     return out
 
@@ -213,6 +230,7 @@ def gemv_down(
         BK=bk,
         EVEN_D=projection.depth % bk == 0,
         num_warps=4,
+        **dependent(rows),
     )
     return out
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .activation import activate_twin
 from .config import Tiles
+from .launch import dependent, follow
 from .sort import Sorted, tile_table
 from .tile import Projection, expert_tile
 from .tma import describe, describe_rows, described_tile, shared_tile, tile_rows
@@ -35,9 +36,7 @@ def _rows(
     if wd is None:
         expert_tile(x, x_stride, x_row, scales, pair, out, s, ok, e, tn, N, D, W, M, S, BM)
     else:
-        described_tile(
-            x, x_stride, x_row, xd, first, scales, pair, out, s, ok, e, tn, N, D, wd, ud, W, M, S, BM
-        )
+        described_tile(x, x_stride, x_row, xd, first, scales, pair, out, s, ok, e, tn, N, D, wd, ud, W, M, S, BM)
 
 
 @triton.jit
@@ -51,9 +50,7 @@ def _ladder(
     elif length > BM // 4 * 3:
         _rows(x, x_stride, None, order, scales, out, first, length, e, tn, N, D, wd, ud, W, K, M, S, BM)
     elif length > BM // 2:
-        shared_tile(
-            x, x_stride, order, scales, out, first, length, e, tn, N, D, wd, ud, W, K, M, S, BM // 2, BM // 4
-        )
+        shared_tile(x, x_stride, order, scales, out, first, length, e, tn, N, D, wd, ud, W, K, M, S, BM // 2, BM // 4)
     elif length > BM // 4:
         _rows(x, x_stride, None, order, scales, out, first, length, e, tn, N, D, wd, ud, W, K, M, S, BM // 2)
     else:
@@ -115,6 +112,7 @@ def grouped_kernel(
     REST: tl.constexpr,
     PROGRAMS: tl.constexpr,
     ZERO_REST: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """``order`` given: row ``order[s] // K`` of x; else row s of x. Writes ``out[s, :]``.
 
@@ -123,6 +121,7 @@ def grouped_kernel(
     """
     columns = tl.cdiv(N, S.bn)
     t = tl.program_id(0)
+    follow(PDL)
     n_tiles = tl.load(tiles)
     if PROGRAMS > 0:
         for u in tl.range(t, n_tiles * columns, PROGRAMS, flatten=True):
@@ -194,6 +193,7 @@ def _launch(
         ZERO_REST=zero_rest,
         num_warps=plan.warps,
         num_stages=plan.stages,
+        **dependent(x),
     )
     return out
 
@@ -215,9 +215,7 @@ def gather_projection(
 def sorted_projection(rows: Tensor, pairs: Sorted, projection: Projection, plan: Tiles) -> Tensor:
     """GEMM 2: ``rows [P, D]`` in sorted order -> ``[P, N]``; rows past the valid ones stay unwritten."""
     n = rows.shape[0]
-    return _launch(
-        rows, None, None, pairs.offsets, pairs.tiles, pairs.capacity, n, 1, projection, plan, False
-    )
+    return _launch(rows, None, None, pairs.offsets, pairs.tiles, pairs.capacity, n, 1, projection, plan, False)
 
 
 def grouped_linear(rows: Tensor, offsets: Tensor, projection: Projection, plan: Tiles) -> Tensor:

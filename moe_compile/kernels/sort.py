@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import power_of_two
+from .launch import dependent, follow
 
 BLOCK = 128  # pairs whose ranks are found at once: BLOCK * BLOCK comparisons in registers
 MAX_CHUNKS = 128  # every program reads the counts of all chunks
@@ -60,17 +61,16 @@ def _count_chunk(ids, first, P, E, CHUNK: tl.constexpr, BLOCK: tl.constexpr, EP:
 
 
 @triton.jit(do_not_specialize=["P", "E"])
-def count_kernel(ids, counts, P, E, CHUNK: tl.constexpr, BLOCK: tl.constexpr, EP: tl.constexpr):
+def count_kernel(ids, counts, P, E, CHUNK: tl.constexpr, BLOCK: tl.constexpr, EP: tl.constexpr, PDL: tl.constexpr):
     """counts[chunk, :] = how many pairs of the chunk go to each bucket."""
     chunk = tl.program_id(0)
+    follow(PDL)
     count = _count_chunk(ids, chunk * CHUNK, P, E, CHUNK, BLOCK, EP)
     tl.store(counts + chunk * EP + tl.arange(0, EP), count)
 
 
 @triton.jit
-def _write_tiles(
-    tiles, capacity, start, count, chunk, chunks, BM: tl.constexpr, REST: tl.constexpr, EP: tl.constexpr
-):
+def _write_tiles(tiles, capacity, start, count, chunk, chunks, BM: tl.constexpr, REST: tl.constexpr, EP: tl.constexpr):
     """The tile table; the programs take turns at the tiles of every expert."""
     e = tl.arange(0, EP)
     n = tl.cdiv(count, BM)
@@ -104,9 +104,11 @@ def place_kernel(
     BM: tl.constexpr,
     REST: tl.constexpr,
     SINGLE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Positions of the pairs of one chunk; program 0 writes the offsets, all share the tile table."""
     chunk = tl.program_id(0)
+    follow(PDL)
     e = tl.arange(0, EP)
     before = tl.zeros((EP,), tl.int32)
     if SINGLE:
@@ -137,9 +139,10 @@ def place_kernel(
 
 @triton.jit(do_not_specialize=["E", "capacity"])
 def tiles_kernel(
-    offsets, tiles, E, capacity, EP: tl.constexpr, BM: tl.constexpr, REST: tl.constexpr
+    offsets, tiles, E, capacity, EP: tl.constexpr, BM: tl.constexpr, REST: tl.constexpr, PDL: tl.constexpr
 ):
     """The tile table of given offsets."""
+    follow(PDL)
     e = tl.arange(0, EP)
     start = tl.load(offsets + e, mask=e < E, other=0)
     count = tl.load(offsets + e + 1, mask=e < E, other=0) - start
@@ -171,7 +174,7 @@ def sort_pairs(ids: Tensor, experts: int, bm: int = 0, rest: int = 0) -> Sorted:
     counts = tiles  # a single chunk counts for itself
     if chunks > 1:
         counts = ids.new_empty(chunks * ep, dtype=torch.int32)
-        count_kernel[(chunks,)](ids, counts, pairs, experts, CHUNK=chunk, BLOCK=BLOCK, EP=ep)
+        count_kernel[(chunks,)](ids, counts, pairs, experts, CHUNK=chunk, BLOCK=BLOCK, EP=ep, **dependent(ids))
     place_kernel[(chunks,)](
         ids,
         counts,
@@ -191,6 +194,7 @@ def sort_pairs(ids: Tensor, experts: int, bm: int = 0, rest: int = 0) -> Sorted:
         REST=rest,
         SINGLE=chunks == 1,
         num_warps=8,
+        **dependent(ids),
     )
     return Sorted(order, inverse, offsets, tiles, capacity)
 
@@ -202,7 +206,7 @@ def tile_table(offsets: Tensor, pairs: int, bm: int, rest: int = 0) -> tuple[Ten
     tiles = offsets.new_empty(1 + 2 * capacity, dtype=torch.int32)
     programs = max(1, min(64, pairs // (bm * 8)))
     ep = max(power_of_two(experts), 32)
-    tiles_kernel[(programs,)](offsets, tiles, experts, capacity, EP=ep, BM=bm, REST=rest)
+    tiles_kernel[(programs,)](offsets, tiles, experts, capacity, EP=ep, BM=bm, REST=rest, **dependent(offsets))
     return tiles, capacity
 
 

@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..spec import INF, Activation
+from ..spec import INF, Activation, Router
 from .schema import is_stacked, library
-from .validate import check_combine, check_experts, check_grouped_linear, check_ids
+from .validate import check_combine, check_experts, check_grouped_linear, check_ids, check_route
 
 BLOCK_BYTES = 1 << 20  # intermediate rows of one block: stays in cache, few calls of the activation
 SPLIT_ROWS = 256  # one expert is split only into runs that still make an efficient GEMM
@@ -116,10 +116,21 @@ Build = Callable[[int, int], Layer]  # from the number of pairs and of experts t
 
 
 def _experts(
-    hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor,
-    w1: Tensors, w3: Tensors, w2: Tensors, b1: Tensors, b3: Tensors, b2: Tensors,
-    activation: str, activation_args: Sequence[float], gated: bool, interleaved: bool = False,
-    weight_on_input: bool = False, out_dtype: torch.dtype | None = None,
+    hidden_states: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    w1: Tensors,
+    w3: Tensors,
+    w2: Tensors,
+    b1: Tensors,
+    b3: Tensors,
+    b2: Tensors,
+    activation: str,
+    activation_args: Sequence[float],
+    gated: bool,
+    interleaved: bool = False,
+    weight_on_input: bool = False,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     with torch.no_grad():  # parameters may require grad, which ``out=`` refuses
         roles = (w1, w3, w2, b1, b3, b2)
@@ -190,7 +201,11 @@ def _grouped_linear(rows: Tensor, weight: Tensors, bias: Tensors, offsets: Tenso
 
 
 def _combine(
-    rows: Tensor, order: Tensor, offsets: Tensor, topk_weights: Tensor | None, top_k: int,
+    rows: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    topk_weights: Tensor | None,
+    top_k: int,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     with torch.no_grad():
@@ -266,8 +281,12 @@ def _native_gemm(dtype: torch.dtype) -> bool:
 
 _activation = lru_cache(maxsize=64)(Activation.from_args)
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {  # each gives a fresh dense tensor
-    "silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": torch.relu,
-    "relu2": lambda gate: torch.relu(gate).square_(), "identity": torch.clone,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": torch.relu,
+    "relu2": lambda gate: torch.relu(gate).square_(),
+    "identity": torch.clone,
 }
 
 
@@ -299,7 +318,15 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _router(
+    logits: Tensor, top_k: int, score: str, renormalise: bool, eps: float, scale: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    check_route(logits, top_k)
+    return Router(score, renormalise, eps, scale).reference(logits, top_k, dtype)
+
+
 library.impl("experts", _experts, "CPU")
 library.impl("sort_pairs", _sort_pairs, "CPU")
 library.impl("grouped_linear", _grouped_linear, "CPU")
 library.impl("combine", _combine, "CPU")
+library.impl("route", _router, "CPU")

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..spec import Router
 from .schema import library, num_experts
 from .tables import pointer_table
-from .validate import check_combine, check_experts, check_grouped_linear, check_ids, check_offsets
+from .validate import check_combine, check_experts, check_grouped_linear, check_ids, check_offsets, check_route
 
 if TYPE_CHECKING:
     from ..kernels.activation import Epilogue
@@ -139,10 +140,22 @@ def combine(
         return add_up(rows.contiguous(), position, offsets.contiguous(), topk_weights, top_k, dtype)
 
 
+def route(
+    logits: Tensor, top_k: int, score: str, renormalise: bool, eps: float, scale: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """``moe_compile::route``."""
+    kernel: Callable[..., tuple[Tensor, Tensor]] = _kernel("route", "route")
+    check_route(logits, top_k)
+    _check_device(logits)
+    with _on(logits):
+        return kernel(logits, top_k, Router(score, renormalise, eps, scale), dtype)
+
+
 library.impl("experts", experts, "CUDA")
 library.impl("sort_pairs", sort_pairs, "CUDA")
 library.impl("grouped_linear", grouped_linear, "CUDA")
 library.impl("combine", combine, "CUDA")
+library.impl("route", route, "CUDA")
 
 
 def _fit(count: int, dtype: torch.dtype, roles: Roles) -> bool:
@@ -176,9 +189,7 @@ def _check_device(like: Tensor, **others: Tensor) -> None:
         raise TypeError(f"activations are {like.dtype}; on CUDA pass float32, bfloat16 or float16")
     for name, tensor in others.items():
         if tensor.device != like.device:
-            raise ValueError(
-                f"{name} is on {tensor.device}, the activations are on {like.device}; move one of them"
-            )
+            raise ValueError(f"{name} is on {tensor.device}, the activations are on {like.device}; move one of them")
 
 
 def _on(x: Tensor) -> AbstractContextManager[Any]:

@@ -24,6 +24,10 @@ fresh tensors, and treat ids outside ``[0, E)`` as contributing exactly zero.
     ``rows [P, H]`` in sorted order -> ``[T, H]`` in ``out_dtype``: ``sum_k topk_weights[t, k] * rows[pos(t, k)]``
     in the fixed order of ``k``, in fp32 or better; pairs past ``offsets[E]`` are not read. ``topk_weights``
     None means weight one (the router weight was applied to the input).
+
+``route``
+    ``logits [T, E]`` -> weights ``[T, K]`` in ``dtype`` and int64 ids ``[T, K]``, the largest first; ``score``,
+    ``renormalise``, ``eps`` and ``scale`` are the fields of ``spec.Router``.
 """
 
 from __future__ import annotations
@@ -47,6 +51,10 @@ library.define("grouped_linear(Tensor rows, Tensor[] weight, Tensor[] bias, Tens
 library.define(
     "combine(Tensor rows, Tensor order, Tensor offsets, Tensor? topk_weights, int top_k, "
     "ScalarType? out_dtype=None) -> Tensor"
+)
+library.define(
+    "route(Tensor logits, int top_k, str score, bool renormalise, float eps, float scale, ScalarType dtype) "
+    "-> (Tensor, Tensor)"
 )
 
 
@@ -106,6 +114,14 @@ def _combine(
     return rows.new_empty(rows.shape[0] // top_k, rows.shape[1], dtype=out_dtype or rows.dtype)
 
 
+@torch.library.register_fake(f"{NAMESPACE}::route", lib=library)
+def _route(
+    logits: Tensor, top_k: int, score: str, renormalise: bool, eps: float, scale: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    shape = (logits.shape[0], top_k)
+    return logits.new_empty(shape, dtype=dtype), logits.new_empty(shape, dtype=torch.int64)
+
+
 def _no_backward(name: str) -> None:
     def setup(ctx: object, inputs: object, output: object) -> None:
         """Nothing is saved."""
@@ -119,5 +135,5 @@ def _no_backward(name: str) -> None:
     torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup, lib=library)
 
 
-for _name in ("experts", "grouped_linear", "combine"):
+for _name in ("experts", "grouped_linear", "combine", "route"):
     _no_backward(_name)

@@ -74,9 +74,7 @@ def check_ids(topk_ids: Tensor) -> None:
         raise ValueError(f"topk_ids is {_shape(topk_ids)}; every token needs at least one expert, so K >= 1")
 
 
-def check_grouped_linear(
-    rows: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor], offsets: Tensor
-) -> int:
+def check_grouped_linear(rows: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor], offsets: Tensor) -> int:
     """Check every argument of ``grouped_linear`` and return E."""
     _floats("rows", rows)
     _dims("rows", rows, ("P", "in"))
@@ -89,9 +87,7 @@ def check_grouped_linear(
     return experts
 
 
-def check_combine(
-    rows: Tensor, order: Tensor, offsets: Tensor, topk_weights: Tensor | None, top_k: int
-) -> None:
+def check_combine(rows: Tensor, order: Tensor, offsets: Tensor, topk_weights: Tensor | None, top_k: int) -> None:
     """Check every argument of ``combine``."""
     _floats("rows", rows)
     _dims("rows", rows, ("P", "H"))
@@ -100,8 +96,7 @@ def check_combine(
         raise ValueError(f"{rows.shape[0]} rows are not T * top_k, top_k={top_k}; pass the K of the router")
     if order.shape != rows.shape[:1] or order.dtype not in IDS:
         raise ValueError(
-            f"order is {order.dtype} {_shape(order)} for rows {_shape(rows)}; "
-            "pass the order that sort_pairs gave"
+            f"order is {order.dtype} {_shape(order)} for rows {_shape(rows)}; pass the order that sort_pairs gave"
         )
     if topk_weights is not None and topk_weights.shape != (rows.shape[0] // top_k, top_k):
         raise ValueError(
@@ -120,9 +115,17 @@ def check_offsets(offsets: Tensor, experts: int | None) -> None:
         )
 
 
-def _role(
-    name: str, tensors: Sequence[Tensor], experts: int, shape: tuple[int, ...], dtype: torch.dtype
-) -> None:
+def check_route(logits: Tensor, top_k: int) -> None:
+    """Check every argument of ``route`` but the fields of ``spec.Router``."""
+    _floats("logits", logits)
+    _dims("logits", logits, ("T", "E"))
+    if not 1 <= top_k <= logits.shape[1]:
+        raise ValueError(
+            f"top_k is {top_k}, but the logits are {_shape(logits)}; choose 1 to {logits.shape[1]} experts"
+        )
+
+
+def _role(name: str, tensors: Sequence[Tensor], experts: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """One weight role: absent, one stacked tensor, or one tensor for every expert."""
     if not tensors:
         return
@@ -152,9 +155,7 @@ def _floats(name: str, tensor: Tensor) -> None:
 
 def _dims(name: str, tensor: Tensor, dims: tuple[str, ...]) -> None:
     if tensor.dim() != len(dims):
-        raise ValueError(
-            f"{name} is {_shape(tensor)}, expected [{', '.join(dims)}]; flatten the leading dimensions"
-        )
+        raise ValueError(f"{name} is {_shape(tensor)}, expected [{', '.join(dims)}]; flatten the leading dimensions")
 
 
 def _shape(tensor: Tensor) -> list[int]:

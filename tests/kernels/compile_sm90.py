@@ -19,11 +19,12 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from moe_compile.kernels import combine, experts, grouped
+from moe_compile.kernels import combine, decode, experts, gemv, grouped, launch, route, sort
 from moe_compile.kernels.activation import Epilogue
 from moe_compile.kernels.config import select
 from moe_compile.kernels.operand import Operand
 from moe_compile.kernels.tile import Projection
+from moe_compile.spec import Router
 
 INF = float("inf")
 SILU, GPT_OSS = (1.0, INF, INF, INF, 0.0), (1.702, 7.0, 7.0, INF, 1.0)
@@ -104,10 +105,15 @@ def pieces() -> None:
     plan = select("sorted", 500, 1, 8, 96, 64, 2).down
     grouped.grouped_linear(rows, offsets, Projection(weight, 96), plan)
     combine.invert(torch.empty(500, dtype=torch.int32, device="meta"))
+    for tokens in (1, 500):
+        logits = torch.empty(tokens, 128, dtype=torch.bfloat16, device="meta")
+        route.route(logits, 8, Router(), torch.bfloat16)
 
 
 if __name__ == "__main__":
     driver.set_active(Driver())
+    for module in (combine, decode, gemv, grouped, route, sort):
+        module.dependent = lambda _: launch.DEPENDENT
     print("triton", triton.__version__)
     for name in sys.argv[1:] or CASES:
         original_run = JITFunction.run

@@ -21,7 +21,7 @@ def test_sm90() -> None:
     lines = [line.split() for line in result.stdout.splitlines()[1:]]
     assert {line[1] for line in lines} == {
         "gemv_up_kernel", "gemv_down_kernel", "decode_kernel", "count_kernel", "place_kernel",
-        "grouped_kernel", "combine_kernel", "tiles_kernel", "invert_kernel",
+        "grouped_kernel", "combine_kernel", "tiles_kernel", "invert_kernel", "route_kernel",
     }  # fmt: skip
     for case, kernel, *counts in lines:
         shared, tensor_core, descriptors, fma, sub = map(int, counts)

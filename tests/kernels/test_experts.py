@@ -6,7 +6,8 @@ import pytest
 import torch
 from layers import Layer, relative_error
 
-from moe_compile.kernels import experts
+from moe_compile.kernels import config, experts
+from moe_compile.kernels.config import Tiles, select
 from moe_compile.spec import Activation
 
 GPT_OSS = Activation("silu", alpha=1.702, gate_limit=0.7, up_limit=0.7, up_offset=1.0)
@@ -68,6 +69,17 @@ def test_activations(path: str, name: str, gated: bool) -> None:
 @pytest.mark.parametrize("layout", ["concat", "interleaved", "separate"])
 def test_weight_on_input(path: str, layout: str) -> None:
     check(Layer(3, 4, 2, 12, 8, layout=layout, bias=True, weight_on_input=True), path)
+
+
+@pytest.mark.parametrize("routing", ["distinct", "random", "one", "sentinels"])
+def test_half_tiles_of_few_rows(routing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles = Tiles(32, 32, 32, 4, 2, swap=True, tail=1)
+    monkeypatch.setattr(config, "_small", lambda path, elements: (tiles, tiles))
+    select.cache_clear()
+    try:
+        check(Layer(37, 7, 4, 19, 13, routing=routing, bias=True), "decode")
+    finally:
+        select.cache_clear()
 
 
 def test_out_dtype_and_strided_rows() -> None:

@@ -59,7 +59,7 @@ def test_paths() -> None:
     assert config.choose_path(1, 8, 128) == "gemv"
     assert config.choose_path(1, 8, 128, dense=False) == "decode"
     assert config.choose_path(64, 2, 8) == "decode"
-    assert config.choose_path(128, 8, 128) == "decode"
+    assert config.choose_path(128, 8, 64) == "decode"
     assert config.choose_path(128, 2, 8) == "sorted"
     assert config.choose_path(64, 128, 128) == "sorted"  # more ids than one program should hold
     assert config.choose_path(4096, 8, 128) == "sorted"
