@@ -18,8 +18,35 @@ from statistics import median
 from typing import Any
 
 BACKENDS = ("inductor", "moe_compile")
-FORMS = ("DenseLoop", "GatherLoop", "GatherLoop (whole)")
+FORMS = ("DenseLoop", "GatherLoop", "GatherLoop (whole)", "StackedLoop")
 WHOLE = " (whole)"
+
+
+def stacked() -> Any:
+    """``GatherLoop`` with the weights of all experts in two tensors."""
+    import torch
+    import torch.nn.functional as F
+    from torch import Tensor, nn
+
+    from moe_compile import demo
+
+    class StackedLoop(demo.NaiveMoE):
+        def __init__(self, num_experts: int, top_k: int, hidden_size: int, intermediate_size: int) -> None:
+            super().__init__(num_experts, top_k, hidden_size, intermediate_size)
+            del self.experts
+            self.w13 = nn.Parameter(torch.randn(num_experts, 2 * intermediate_size, hidden_size) * hidden_size**-0.5)
+            self.w2 = nn.Parameter(torch.randn(num_experts, hidden_size, intermediate_size) * intermediate_size**-0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            weights, ids = self.route(x)
+            out = torch.zeros_like(x)
+            for e in range(self.num_experts):
+                token, slot = torch.where(ids == e)
+                gate, up = F.linear(x[token], self.w13[e]).chunk(2, dim=-1)
+                out.index_add_(0, token, F.linear(F.silu(gate) * up, self.w2[e]) * weights[token, slot, None])
+            return out
+
+    return StackedLoop
 
 
 def first_call(form: str, backend: str, sizes: tuple[int, int, int, int], tokens: int) -> dict[str, Any]:
@@ -29,10 +56,12 @@ def first_call(form: str, backend: str, sizes: tuple[int, int, int, int], tokens
     from moe_compile import demo
     from moe_compile.backend import moe_compile
 
-    sample = demo.naive(getattr(demo, form.removesuffix(WHOLE)), sizes, tokens, torch.device("cpu"), torch.float32)
+    name = form.removesuffix(WHOLE)
+    layer = stacked() if name == "StackedLoop" else getattr(demo, name)
+    sample = demo.naive(layer, sizes, tokens, torch.device("cpu"), torch.float32)
     chosen: Any = moe_compile if backend == "moe_compile" else backend
     # Inductor's own start-up (imports, the compiler's first run) belongs to no layer.
-    torch.compile(lambda x: x.sin() + 1)(torch.ones(8))
+    torch.compile(lambda x: (x @ x).sin() + 1)(torch.ones(8, 8))
     with torch.no_grad():
         compiled = torch.compile(sample.model, backend=chosen, fullgraph=form.endswith(WHOLE))
         start = time.perf_counter()
