@@ -161,7 +161,7 @@ def _count(engine: Engine, node: fx.Node) -> Any:
 def _slice_counts(engine: Engine, node: fx.Node) -> Any:
     """``bincount(ids, minlength=E)[:E]`` changes nothing when the ids lie in range."""
     fact = engine.fact(node.args[0])
-    if not isinstance(fact, Counts) or argument(node, 2, "start") not in (None, 0):
+    if not isinstance(fact, Counts) or argument(node, 2, "start") not in (None, 0) or argument(node, 4, "step", 1) != 1:
         return None
     return replace(fact, dims=((Atom("e", argument(node, 3, "end")),),))
 

@@ -115,6 +115,8 @@ def _sum(engine: Engine, node: fx.Node) -> Any:
     if where is None or not isinstance(fact, (Gate, Val)):
         return None
     dims = [where] if isinstance(where, int) else list(where)
+    if not dims:  # all dimensions
+        return None
     dims = [normal_dim(d, len(fact.dims)) for d in dims]
     keep = bool(argument(node, 2, "keepdim", False))
     if isinstance(fact, Gate):

@@ -62,6 +62,8 @@ def _scatter_sum(engine: Engine, node: fx.Node, target: Any, dim: Any, index: An
         return None
     if where.rows != val.rows:
         raise refuse("MC207", "an expert's output is added to other rows than it was computed on", node)
+    if names(val.dims) != (("r",), ("f",)) or (len(where.dims) == 2 and not same(shape_of(index)[1], shape_of(src)[1])):
+        return None  # turned rows, or some of their columns
     return _accumulate(engine, node, target, into, val)
 
 

@@ -60,7 +60,8 @@ def as_dtype(fact: Any, dtype: torch.dtype, source: fx.Node) -> Any:
     if isinstance(fact, (Val, Sum, Picked)):
         x = fact.buffer if isinstance(fact, Picked) else (fact if isinstance(fact, Val) else fact.parts[0].val).x.node
         narrow = dtype is torch.float16 and value(x).dtype is not torch.float16  # 1e5 would become infinite
-        return fact if dtype in FLOATS and not narrow else None
+        number = value(source).dtype in FLOATS  # truth values add up to one, not to two
+        return fact if number and dtype in FLOATS and not narrow else None
     if isinstance(fact, Ids):
         return fact if dtype in ID_DTYPES else None
     if isinstance(fact, Wt):  # weights in another precision are other weights
@@ -349,7 +350,7 @@ def _dropout(engine: Engine, node: fx.Node) -> Fact | None:
 
 RULES: Rules = {
     aten.clone.default: _through, aten.contiguous.default: _through, aten.detach.default: _through,
-    aten.alias.default: _through, aten.lift_fresh_copy.default: _through, aten.to.device: _through,
+    aten.alias.default: _through, aten.lift_fresh_copy.default: _through, aten.to.device: cast,
     aten.to.dtype: cast, aten.to.dtype_layout: cast, aten._to_copy.default: cast, aten.type_as.default: cast,
     aten.to.other: cast,
     aten.view.default: _view, aten.reshape.default: _view, aten._unsafe_view.default: _view,
