@@ -214,3 +214,48 @@ def test_keeps_its_meaning(layer_class, tokens):
     assert relative(outcome.out, original) < 1e-6
     ended = {"experts.default", "combine.default"} & set(outcome.ops)
     assert bool(ended) == (layer_class in REWRITTEN), outcome.sites
+
+
+class Turned(Stacks):
+    """``[B, S, H]`` in, ``[S, B, H]`` out."""
+
+    def forward(self, x):
+        w, ids = self.routed(x)
+        out = torch.zeros(x.shape[1], x.shape[0], x.shape[2])
+        for e in range(self.experts):
+            out = out + (self.gate(w, ids, e) * self.expert(e, x)).transpose(0, 1)
+        return out
+
+
+class CastToDevice(Stacks):
+    """Whole numbers at the end, by a cast that names the device too."""
+
+    def forward(self, x):
+        return super().forward(x).to(x.device, torch.int32).to(x.dtype)
+
+
+class CountsTruths(Stacks):
+    def expert(self, e, x):
+        h = F.linear(x, self.w1[e])
+        return F.linear((h > 0).float() + (h > 0.2).float(), self.w2[e])
+
+
+class SomeColumns(Stacks):
+    def forward(self, x):
+        w, ids = self.routed(x)
+        out = torch.zeros_like(x)
+        for e in range(self.experts):
+            token, slot = torch.where(ids == e)
+            y = self.expert(e, x[token]) * w[token, slot, None]
+            out.scatter_add_(0, token[:, None].expand(-1, self.hidden // 2), y)
+        return out
+
+
+@pytest.mark.parametrize("kind", [Turned, CastToDevice, CountsTruths, SomeColumns])
+def test_found_by_unit_tests_of_the_guards(kind):
+    layer = kind().eval()
+    x = torch.randn(2, 3, layer.hidden) if kind is Turned else torch.randn(6, layer.hidden)
+    with torch.no_grad():
+        expected = layer(x)
+        ours = rewritten(layer, x)
+    assert relative(ours.out, expected) < 1e-5

@@ -49,6 +49,10 @@ def build(engine: Engine, output: fx.Node, total: Sum, form: str) -> Found:
     router = _router_weight(total, output)
     experts = experts_of(engine, val, output)
     _sizes(engine, val, ids, router, experts, output)
+    order = [a.name for d in total.dims for a in d]
+    tokens = sorted(n for n in order if n.startswith("t"))
+    if order[: len(tokens)] != tokens:
+        raise refuse("MC207", "the result has its tokens in another order than the hidden states", output)
     if weighted_input:
         _weighted_input_is_exact(val, experts, output)
     if total.needs or any(_needs_distinct(p, weighted_input) for p in total.parts):
