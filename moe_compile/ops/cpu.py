@@ -116,21 +116,10 @@ Build = Callable[[int, int], Layer]  # from the number of pairs and of experts t
 
 
 def _experts(
-    hidden_states: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    w1: Tensors,
-    w3: Tensors,
-    w2: Tensors,
-    b1: Tensors,
-    b3: Tensors,
-    b2: Tensors,
-    activation: str,
-    activation_args: Sequence[float],
-    gated: bool,
-    interleaved: bool = False,
-    weight_on_input: bool = False,
-    out_dtype: torch.dtype | None = None,
+    hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor,
+    w1: Tensors, w3: Tensors, w2: Tensors, b1: Tensors, b3: Tensors, b2: Tensors,
+    activation: str, activation_args: Sequence[float], gated: bool, interleaved: bool = False,
+    weight_on_input: bool = False, out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     with torch.no_grad():  # parameters may require grad, which ``out=`` refuses
         roles = (w1, w3, w2, b1, b3, b2)
@@ -201,11 +190,7 @@ def _grouped_linear(rows: Tensor, weight: Tensors, bias: Tensors, offsets: Tenso
 
 
 def _combine(
-    rows: Tensor,
-    order: Tensor,
-    offsets: Tensor,
-    topk_weights: Tensor | None,
-    top_k: int,
+    rows: Tensor, order: Tensor, offsets: Tensor, topk_weights: Tensor | None, top_k: int,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     with torch.no_grad():
@@ -280,13 +265,16 @@ def _native_gemm(dtype: torch.dtype) -> bool:
 
 
 _activation = lru_cache(maxsize=64)(Activation.from_args)
+
+
+def _gelu(gate: Tensor) -> Tensor:
+    """``F.gelu``, whose ``1 + erf(x)`` loses digits below zero in its vectorised form (AVX-512, torch 2.13)."""
+    return torch.special.erfc(gate * -(0.5**0.5)).mul_(gate).mul_(0.5)
+
+
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {  # each gives a fresh dense tensor
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "relu": torch.relu,
-    "relu2": lambda gate: torch.relu(gate).square_(),
-    "identity": torch.clone,
+    "silu": F.silu, "gelu": _gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": torch.relu,
+    "relu2": lambda gate: torch.relu(gate).square_(), "identity": torch.clone,
 }
 
 
