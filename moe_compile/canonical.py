@@ -52,7 +52,7 @@ def canonicalise(gm: fx.GraphModule) -> Canonical:
     pairs: list[tuple[fx.Node, Any]] = []
     try:
         module = torch_compat.trace_pre_dispatch(gm, values, lambda node, result: pairs.append((node, result)))
-    except Exception:
+    except Exception:  # tracing runs user code, which may raise anything
         refusal = _untraceable(gm)
         if refusal is None:
             raise

@@ -204,7 +204,7 @@ def _copy(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model)
     except torch.OutOfMemoryError as error:
         raise CheckError(f"a copy of the model does not fit in memory ({error})") from error
-    except Exception as error:
+    except Exception as error:  # deepcopy runs code of the model
         raise CheckError(f"the model cannot be copied with copy.deepcopy: {error}") from error
 
 

@@ -141,7 +141,7 @@ class _Declared:
             return self.function(*args, **kwargs)
         try:
             return self.compiled(*args, **kwargs) if self.done else self.watched(*args, **kwargs)
-        except Exception as error:
+        except Exception as error:  # Dynamo wraps what a backend raises; ours comes out bare, the rest as it was
             cause = torch_compat.backend_error(error)
             if isinstance(cause, RewriteError):
                 raise self.miss(_nearest(cause.sites)) from None

@@ -79,7 +79,7 @@ def _trace(tracer: _Tracer, model: Callable[..., Any], args: Sequence[Any], kwar
     try:
         with torch_breaks.collect_breaks() as found:
             torch.compile(model, backend=tracer)(*args, **kwargs)
-    except Exception as error:
+    except Exception as error:  # the caller tells whether the program fails without Dynamo too
         failure = error
     finally:
         torch_breaks.reset()

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-_LOGGER = "torch._dynamo.symbolic_convert.__graph_breaks"
+from .torch_compat import GRAPH_BREAKS
+
 _PLACE = re.compile(r"in user code at (?P<file>.+?):(?P<line>\d+)\s*\n")
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
 _NOISE = re.compile(r"^(Encountered graph break|Failed to handle graph break)")
@@ -52,7 +53,7 @@ def collect_breaks() -> Iterator[list[Break]]:
             if parsed is not None:
                 found.append(parsed)
 
-    logger = logging.getLogger(_LOGGER)
+    logger = logging.getLogger(GRAPH_BREAKS)
     handler, level, propagate = Handler(logging.DEBUG), logger.level, logger.propagate
     if not logger.isEnabledFor(logging.DEBUG):
         logger.propagate = False  # the user did not ask for this log: it must not reach their handlers

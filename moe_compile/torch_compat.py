@@ -24,6 +24,9 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false as guard_or_fal
 
 log = logging.getLogger("moe_compile.capture")
 
+GRAPH_BREAKS = "torch._dynamo.symbolic_convert.__graph_breaks"  # the logger behind TORCH_LOGS="graph_breaks"
+LOGGERS = ("torch._dynamo", "torch._subclasses", "torch.fx")  # what speaks about odd programs while they are traced
+
 
 def statically_true(condition: Any) -> bool:
     """Whether a (symbolic) condition is known to hold, without adding a guard."""

@@ -36,9 +36,8 @@ class Layer(nn.Module):
         return moe_compile.fused_experts(x, self.w1, self.w2, weights, ids)
 
 
-@pytest.fixture
-def chains(monkeypatch: pytest.MonkeyPatch) -> list[routers.Chain]:
-    """The routers that were fused."""
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[routers.Chain]:
+    """The routers that are fused from now on."""
     found: list[routers.Chain] = []
     fuse = lower.fuse_router
 
@@ -47,9 +46,14 @@ def chains(monkeypatch: pytest.MonkeyPatch) -> list[routers.Chain]:
         fuse(chain)
 
     monkeypatch.setattr(lower, "fuse_router", spy)
-    monkeypatch.setattr(router_pass, "DEVICES", ("cpu",))
     torch._dynamo.reset()
     return found
+
+
+@pytest.fixture
+def chains(monkeypatch: pytest.MonkeyPatch) -> list[routers.Chain]:
+    monkeypatch.setattr(router_pass, "DEVICES", ("cpu",))
+    return watched(monkeypatch)
 
 
 def run(route: Route, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:

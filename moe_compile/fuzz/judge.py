@@ -69,7 +69,7 @@ def _judge(p: Program) -> Verdict:
         args = p.inputs(turn)
         try:
             original, reference, writes = _original(p, args)
-        except Exception as error:
+        except Exception as error:  # a program that fails as it is judges nobody
             return Verdict(case, "invalid", f"{type(error).__name__}: {error}")
         before = _state(p, args)
         torch.manual_seed(case.seed)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..torch_compat import LOGGERS
 from .axes import AXES, Case, draw
 from .judge import Verdict, judge
 from .mutations import applicable, mutated
@@ -43,7 +44,7 @@ def _compiles(source: str) -> bool:
 def quiet() -> None:
     """A worker of its own: one thread, and no log lines about programs that are meant to be odd."""
     torch.set_num_threads(1)
-    for name in ("moe_compile", "torch._dynamo", "torch._subclasses", "torch.fx"):
+    for name in ("moe_compile", *LOGGERS):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 

@@ -36,7 +36,9 @@ def _rows(
     if wd is None:
         expert_tile(x, x_stride, x_row, scales, pair, out, s, ok, e, tn, N, D, W, M, S, BM)
     else:
-        described_tile(x, x_stride, x_row, xd, first, scales, pair, out, s, ok, e, tn, N, D, wd, ud, W, M, S, BM)
+        described_tile(
+            x, x_stride, x_row, xd, first, scales, pair, out, s, ok, e, tn, N, D, wd, ud, W, M, S, BM
+        )
 
 
 @triton.jit
@@ -50,7 +52,9 @@ def _ladder(
     elif length > BM // 4 * 3:
         _rows(x, x_stride, None, order, scales, out, first, length, e, tn, N, D, wd, ud, W, K, M, S, BM)
     elif length > BM // 2:
-        shared_tile(x, x_stride, order, scales, out, first, length, e, tn, N, D, wd, ud, W, K, M, S, BM // 2, BM // 4)
+        shared_tile(
+            x, x_stride, order, scales, out, first, length, e, tn, N, D, wd, ud, W, K, M, S, BM // 2, BM // 4
+        )
     elif length > BM // 4:
         _rows(x, x_stride, None, order, scales, out, first, length, e, tn, N, D, wd, ud, W, K, M, S, BM // 2)
     else:
@@ -215,7 +219,9 @@ def gather_projection(
 def sorted_projection(rows: Tensor, pairs: Sorted, projection: Projection, plan: Tiles) -> Tensor:
     """GEMM 2: ``rows [P, D]`` in sorted order -> ``[P, N]``; rows past the valid ones stay unwritten."""
     n = rows.shape[0]
-    return _launch(rows, None, None, pairs.offsets, pairs.tiles, pairs.capacity, n, 1, projection, plan, False)
+    return _launch(
+        rows, None, None, pairs.offsets, pairs.tiles, pairs.capacity, n, 1, projection, plan, False
+    )
 
 
 def grouped_linear(rows: Tensor, offsets: Tensor, projection: Projection, plan: Tiles) -> Tensor:

@@ -49,10 +49,7 @@ def build(engine: Engine, output: fx.Node, total: Sum, form: str) -> Found:
     router = _router_weight(total, output)
     experts = experts_of(engine, val, output)
     _sizes(engine, val, ids, router, experts, output)
-    order = [a.name for d in total.dims for a in d]
-    tokens = sorted(n for n in order if n.startswith("t"))
-    if order[: len(tokens)] != tokens:
-        raise refuse("MC207", "the result has its tokens in another order than the hidden states", output)
+    _tokens_in_order(total, output)
     if weighted_input:
         _weighted_input_is_exact(val, experts, output)
     if total.needs or any(_needs_distinct(p, weighted_input) for p in total.parts):
@@ -269,6 +266,14 @@ def _sizes(engine: Engine, val: Val, ids: Leaf, router: RouterWeight | None, exp
         raise refuse("MC207", "the result does not have one row per token", node)
     if shape_of(val.x.node)[-1] != experts.hidden_size:
         raise refuse("MC207", "the input features are not the experts' hidden size", node)
+
+
+def _tokens_in_order(total: Sum, node: fx.Node) -> None:
+    """The result's tokens stand first, in the order of the hidden states."""
+    order = [a.name for d in total.dims for a in d]
+    tokens = sorted(n for n in order if n.startswith("t"))
+    if order[: len(tokens)] != tokens:
+        raise refuse("MC207", "the result has its tokens in another order than the hidden states", node)
 
 
 def _numel(shape: Any) -> Any:

@@ -74,7 +74,9 @@ def check_ids(topk_ids: Tensor) -> None:
         raise ValueError(f"topk_ids is {_shape(topk_ids)}; every token needs at least one expert, so K >= 1")
 
 
-def check_grouped_linear(rows: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor], offsets: Tensor) -> int:
+def check_grouped_linear(
+    rows: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor], offsets: Tensor
+) -> int:
     """Check every argument of ``grouped_linear`` and return E."""
     _floats("rows", rows)
     _dims("rows", rows, ("P", "in"))
@@ -87,7 +89,9 @@ def check_grouped_linear(rows: Tensor, weight: Sequence[Tensor], bias: Sequence[
     return experts
 
 
-def check_combine(rows: Tensor, order: Tensor, offsets: Tensor, topk_weights: Tensor | None, top_k: int) -> None:
+def check_combine(
+    rows: Tensor, order: Tensor, offsets: Tensor, topk_weights: Tensor | None, top_k: int
+) -> None:
     """Check every argument of ``combine``."""
     _floats("rows", rows)
     _dims("rows", rows, ("P", "H"))
@@ -96,7 +100,8 @@ def check_combine(rows: Tensor, order: Tensor, offsets: Tensor, topk_weights: Te
         raise ValueError(f"{rows.shape[0]} rows are not T * top_k, top_k={top_k}; pass the K of the router")
     if order.shape != rows.shape[:1] or order.dtype not in IDS:
         raise ValueError(
-            f"order is {order.dtype} {_shape(order)} for rows {_shape(rows)}; pass the order that sort_pairs gave"
+            f"order is {order.dtype} {_shape(order)} for rows {_shape(rows)}; "
+            "pass the order that sort_pairs gave"
         )
     if topk_weights is not None and topk_weights.shape != (rows.shape[0] // top_k, top_k):
         raise ValueError(
@@ -125,7 +130,9 @@ def check_route(logits: Tensor, top_k: int) -> None:
         )
 
 
-def _role(name: str, tensors: Sequence[Tensor], experts: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def _role(
+    name: str, tensors: Sequence[Tensor], experts: int, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
     """One weight role: absent, one stacked tensor, or one tensor for every expert."""
     if not tensors:
         return
@@ -155,7 +162,9 @@ def _floats(name: str, tensor: Tensor) -> None:
 
 def _dims(name: str, tensor: Tensor, dims: tuple[str, ...]) -> None:
     if tensor.dim() != len(dims):
-        raise ValueError(f"{name} is {_shape(tensor)}, expected [{', '.join(dims)}]; flatten the leading dimensions")
+        raise ValueError(
+            f"{name} is {_shape(tensor)}, expected [{', '.join(dims)}]; flatten the leading dimensions"
+        )
 
 
 def _shape(tensor: Tensor) -> list[int]:

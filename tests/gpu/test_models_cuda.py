@@ -83,7 +83,7 @@ def test_cuda_graphs_follow_the_routing():
     """``mode="reduce-overhead"`` replays right for other inputs, and so for other experts."""
     torch._dynamo.reset()
     torch.manual_seed(0)
-    layer = FORMS[1].EXAMPLES[0](hidden=64, inter=96, experts=8, top_k=2).cuda().bfloat16().eval()
+    layer = index_add_loop.WhereIndexAdd(hidden=64, inter=96, experts=8, top_k=2).cuda().bfloat16().eval()
     with torch.no_grad():
         fast = torch.compile(layer, backend="moe_compile", mode="reduce-overhead")
         for step in range(8):

@@ -14,25 +14,16 @@ if not torch.cuda.is_available():
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support import assert_accurate  # noqa: E402
-from test_routers import FUSED, LEFT, H, Layer  # noqa: E402
+from test_routers import FUSED, LEFT, H, Layer, watched  # noqa: E402
 
-from moe_compile import lower, routers  # noqa: E402
+from moe_compile import routers  # noqa: E402
 from moe_compile.kernels.route import route  # noqa: E402
 from moe_compile.spec import Router  # noqa: E402
 
 
 @pytest.fixture
 def chains(monkeypatch: pytest.MonkeyPatch) -> list[routers.Chain]:
-    found: list[routers.Chain] = []
-    fuse = lower.fuse_router
-
-    def spy(chain: routers.Chain) -> None:
-        found.append(chain)
-        fuse(chain)
-
-    monkeypatch.setattr(lower, "fuse_router", spy)
-    torch._dynamo.reset()
-    return found
+    return watched(monkeypatch)
 
 
 @pytest.mark.parametrize("tokens", [1, 300])
