@@ -122,7 +122,7 @@ def _take_ids(engine: Engine, node: fx.Node) -> Any:
     if not isinstance(order, Index) or order.what != "pair":
         return None
     fact = engine.fact(source)
-    if isinstance(fact, Range) and fact.start == 0:
+    if isinstance(fact, Range) and fact.start == 0 and len(fact.dims) == 1:
         (label,) = fact.dims
         each_k = len(label) == 2 and label[0].name == "i" and same(label[1].size, top_k(engine, order.rows.ids))
         return replace(order, what="token") if each_k and label[1].name == "*" else None

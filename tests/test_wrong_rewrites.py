@@ -251,7 +251,109 @@ class SomeColumns(Stacks):
         return out
 
 
-@pytest.mark.parametrize("kind", [Turned, CastToDevice, CountsTruths, SomeColumns])
+class Rows(Stacks):
+    """Rows of one expert at a time; ``add`` is what is tested."""
+
+    def forward(self, x):
+        w, ids = self.routed(x)
+        out = torch.zeros_like(x)
+        for e in range(self.experts):
+            token, slot = torch.where(ids == e)
+            out = self.add(out, token, self.expert(e, x[token]) * w[token, slot, None], ids, e)
+        return out
+
+
+class ShuffledColumns(Rows):
+    def add(self, out, token, y, ids, e):
+        y = y.view(-1, 4, self.hidden // 4).transpose(1, 2).reshape(-1, self.hidden)
+        return out.index_add(0, token, y)
+
+
+class ShuffledColumnsPut(Rows):
+    def add(self, out, token, y, ids, e):
+        y = y.view(-1, 4, self.hidden // 4).transpose(1, 2).reshape(-1, self.hidden)
+        return out.index_put((token,), y, accumulate=True)
+
+
+class AddedTwice(Rows):
+    def add(self, out, token, y, ids, e):
+        return out.index_put((token[:, None].expand(-1, 2),), y[:, None], accumulate=True)
+
+
+class RepeatedRows(Stacks):
+    def forward(self, x):
+        w, ids = self.routed(x)
+        out = torch.zeros_like(x)
+        for e in range(self.experts):
+            token, slot = torch.where(ids == e)
+            token, slot = token.repeat(2), slot.repeat(2)
+            out = out.index_add(0, token, self.expert(e, x[token]) * w[token, slot, None])
+        return out
+
+
+class FirstRow(Stacks):
+    """The first token that chose the expert, not all."""
+
+    def forward(self, x):
+        w, ids = self.routed(x)
+        out = torch.zeros_like(x)
+        for e in range(self.experts):
+            token = (ids[:, 0] == e).nonzero()[:1][0]
+            out = out.index_add(0, token, self.expert(e, x[token]) * w[token, :1])
+        return out
+
+
+class LostTerms(Stacks):
+    """``out[token] += y`` over all pairs in expert order: of a token's pairs one term stays."""
+
+    def forward(self, x):
+        w, ids = self.routed(x)
+        order = ids.flatten().argsort(stable=True)
+        token, of = order // ids.shape[1], ids.flatten()[order]
+        y = F.relu(torch.einsum("rh,rih->ri", x[token], self.w1[of]))
+        y = torch.einsum("ri,rhi->rh", y, self.w2[of]) * w.flatten()[order][:, None]
+        out = torch.zeros_like(x)
+        out[token] += y
+        return out
+
+
+class OverTokens(Stacks):
+    """The weights of all tokens in one row: everybody's last choice weighs everybody."""
+
+    def forward(self, x):
+        w, ids = self.routed(x)
+        gates = torch.zeros(self.experts).scatter_add(0, ids.flatten(), w.flatten())
+        return sum(gates[e] * self.expert(e, x) for e in range(self.experts))
+
+
+class ColumnAsBias(Stacks):
+    def __init__(self, **sizes):
+        super().__init__(**sizes)
+        self.wide = self.stack(self.inter, self.hidden + 1)
+
+    def expert(self, e, x):
+        return F.linear(F.relu(F.linear(x, self.wide[e][:, :-1], self.wide[e][:, -1])), self.w2[e])
+
+
+class Outer(Stacks):
+    def expert(self, e, x):
+        h, u = F.linear(x, self.w1[e]), F.linear(x, self.w3[e])
+        return F.linear((F.relu(h)[:, :, None] * u[:, None, :])[:, 0], self.w2[e])
+
+
+class Exclusive(Stacks):
+    def expert(self, e, x):
+        h = F.linear(x, self.w1[e])
+        return F.linear(((h > 0) ^ (h > 0.2)).float() * h, self.w2[e])
+
+
+FOUND = [
+    Turned, CastToDevice, CountsTruths, SomeColumns, ShuffledColumns, ShuffledColumnsPut, AddedTwice, RepeatedRows,
+    FirstRow, LostTerms, OverTokens, ColumnAsBias, Outer, Exclusive,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FOUND)
 def test_found_by_unit_tests_of_the_guards(kind):
     layer = kind().eval()
     x = torch.randn(2, 3, layer.hidden) if kind is Turned else torch.randn(6, layer.hidden)

@@ -75,6 +75,16 @@ def token_dims(shape: Sequence[Any]) -> Dims:
     return tuple(atom(f"t{i}", s) for i, s in enumerate(shape))
 
 
+def is_rows(dims: Dims) -> bool:
+    """Whether a value is a matrix of rows by features, neither turned nor cut (a dimension of one has no name)."""
+    return len(dims) == 2 and names(dims)[0] in (("r",), ()) and names(dims)[1] in (("f",), ())
+
+
+def is_vector(dims: Dims) -> bool:
+    """Whether an index has one number for every row, each once."""
+    return names(dims) in ((("r",),), ((),))
+
+
 def is_token(dim: Dim) -> bool:
     """Whether a dimension runs over tokens only."""
     return bool(dim) and all(a.name.startswith("t") for a in dim)
@@ -212,6 +222,11 @@ class Rows:
     order: tuple[tuple[str, ...], ...] = ()
     slot: int | None = None
     grouped: bool = False
+
+    @property
+    def per_pair(self) -> bool:
+        """Whether a token stands in as many rows as it has pairs there, not in one."""
+        return self.kind == "sorted" or self.grouped or any("k" in label for label in self.order)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import fx
 
 from ..canonical import shape_of
 from .engine import Engine
-from .facts import Atom, Dim, Dims, Filled, Gate, Index, Rows, Unfinished, Val, names, refuse, same
+from .facts import Atom, Dim, Dims, Filled, Gate, Index, Rows, Unfinished, Val, is_rows, names, refuse, same
 from .routing import token_count, top_k
 from .stack import stacked_values
 
@@ -53,7 +53,9 @@ def assign(engine: Engine, node: fx.Node, target: fx.Node, into: Any, dims: Dims
     if not all(same(size, _size(label)) for size, label in zip(shape, dims, strict=False)):
         return None
     e = rows.expert
-    if rows.kind != "hit" or rows.slot is not None or e is None or val.rows != rows or not val.slots:
+    if rows.kind != "hit" or rows.slot is not None or e is None:
+        return None
+    if val.rows != rows or not val.slots or not is_rows(val.dims):
         return None
     if e in pieces:
         raise refuse("MC208", f"rows of expert {e} are assigned twice", node)

@@ -94,7 +94,7 @@ def _eq(engine: Engine, node: fx.Node) -> Any:
     if not isinstance(span, Range) or found is None or span.start != 0:
         return None
     leaf, dims = found
-    labels = tuple(tuple(Atom("e", x.size) for x in d) for d in span.dims)
+    labels = tuple(tuple(Atom("e", x.size) if x.name == "i" else x for x in d) for d in span.dims)
     merged = unify(dims, labels)
     if merged is None:
         return None
@@ -286,6 +286,8 @@ def _scatter(engine: Engine, node: fx.Node) -> Any:
     leaf, dims = found
     if len(dims) != len(shape) or not isinstance(shape[-1], int) or shape[-1] < 2 or not _token_major(dims):
         return None
+    if names(dims[-1:]) not in ((("k",),), ((),)):
+        return None  # scattered over tokens
     if not all(same(a, b) for a, b in zip(shape[:-1], shape_of(index)[:-1], strict=True)):
         return None
     weight: RouterWeight | None

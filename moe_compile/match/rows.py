@@ -27,7 +27,9 @@ from .facts import (
     Val,
     Wt,
     flat_names,
+    is_rows,
     is_token,
+    is_vector,
     names,
     refuse,
     same,
@@ -95,7 +97,7 @@ def _column(engine: Engine, node: fx.Node) -> Any:
         return fact.columns[index] if isinstance(index, int) else None
     if node.target is aten.unbind.int and normal_dim(int(argument(node, 1, "dim", 0)), 2) == 1:
         return list(fact.columns)
-    if len(fact.columns) == 1 and rank(node) == 1:
+    if len(fact.columns) == 1 and rank(node) == 1 and node.target is not aten.select.int:
         return fact.columns[0]
     return None
 
@@ -119,14 +121,16 @@ def pick(fact: Any, dim: int, index: Index, node: fx.Node) -> Any:
     if isinstance(fact, Val):
         if fact.rows is not None or "k" in flat_names(fact.dims) or "e" in flat_names(fact.dims):
             return None
-        return replace(fact, dims=dims, rows=index.rows)
+        gate, gate_in = (None if g is None else _in_rows(g, index.rows) for g in (fact.gate, fact.gate_in))
+        return replace(fact, dims=dims, rows=index.rows, gate=gate, gate_in=gate_in)
     if isinstance(fact, Gate):
-        if fact.rows is not None:
-            return None
-        # A token that names the expert twice stands in two rows, each with the sum of both weights.
-        twice = fact.summed and any("k" in label for label in index.rows.order)
-        return replace(fact, dims=dims, rows=index.rows, distinct=fact.distinct or twice)
+        return None if fact.rows is not None else replace(_in_rows(fact, index.rows), dims=dims, rows=index.rows)
     return None
+
+
+def _in_rows(gate: Gate, rows: Rows) -> Gate:
+    """A token that names the expert twice may stand in two rows, each with the sum of both weights."""
+    return replace(gate, distinct=gate.distinct or (gate.summed and rows.per_pair))
 
 
 def _index(engine: Engine, node: fx.Node) -> Any:
@@ -162,6 +166,8 @@ def _index(engine: Engine, node: fx.Node) -> Any:
 
 def _by_rows(engine: Engine, node: fx.Node, source: fx.Node, dim: int, index: Index) -> Any:
     fact = engine.fact(source)
+    if not is_vector(index.dims):
+        return None
     if (
         isinstance(fact, (Sum, Filled))
         and dim == 0
@@ -220,7 +226,7 @@ def _accumulates(fact: Any, rows: Rows) -> bool:
 
 def _unsort(engine: Engine, node: fx.Node, source: fx.Node, inverse: Inverse) -> Any:
     val = engine.fact(source)
-    if not isinstance(val, Val) or val.rows != inverse.rows or len(val.dims) != 2:
+    if not isinstance(val, Val) or val.rows != inverse.rows or not is_rows(val.dims):
         return None
     gate = val.gate
     if gate is not None:

@@ -24,6 +24,8 @@ from .facts import (
     Sum,
     Val,
     flat_names,
+    is_rows,
+    is_vector,
     names,
     refuse,
     same,
@@ -62,12 +64,14 @@ def _scatter_sum(engine: Engine, node: fx.Node, target: Any, dim: Any, index: An
         return None
     if where.rows != val.rows:
         raise refuse("MC207", "an expert's output is added to other rows than it was computed on", node)
-    if names(val.dims) != (("r",), ("f",)) or (len(where.dims) == 2 and not same(shape_of(index)[1], shape_of(src)[1])):
-        return None  # turned rows, or some of their columns
+    if not is_vector(where.dims[:1]) or (len(where.dims) == 2 and not same(shape_of(index)[1], shape_of(src)[1])):
+        return None  # a token more often than once per row, or some columns
     return _accumulate(engine, node, target, into, val)
 
 
-def _accumulate(engine: Engine, node: fx.Node, target: fx.Node, into: Any, val: Val) -> Sum:
+def _accumulate(engine: Engine, node: fx.Node, target: fx.Node, into: Any, val: Val) -> Sum | None:
+    if not is_rows(val.dims):
+        return None
     shape = shape_of(target)
     dims: Dims = (*token_dims(shape[:-1]), (Atom("f", shape[-1]),))
     part = Part(replace(val, dims=dims), val.gate)
@@ -93,6 +97,8 @@ def _index_put(engine: Engine, node: fx.Node) -> Any:
     if len(where) != 1 or where[0][0] != 0:
         return None
     index = engine.fact(where[0][1])
+    if isinstance(index, Index) and not is_vector(index.dims):
+        return None
     once = isinstance(value, Val) and not accumulate and writes(node.target)
     if isinstance(index, Index) and index.rows.kind == "hit" and index.what in ("pair", "slot") and once:
         if not names_pair(engine, index):
@@ -115,8 +121,9 @@ def _index_put(engine: Engine, node: fx.Node) -> Any:
             return None
         total = _accumulate(engine, node, target, into, value.part.val)
         # Reading, adding and writing back loses a term if a token stands twice among the rows.
-        once_each = not any("k" in label for label in rows.order)
-        return total if once_each else replace(total, needs=total.needs | {"distinct"})
+        if total is None or (rows.kind == "sorted" and not same(top_k(engine, rows.ids), 1)):
+            return None
+        return replace(total, needs=total.needs | {"distinct"}) if rows.per_pair else total
     if not isinstance(value, Val) or value.rows != rows:
         return None
     if accumulate:
@@ -186,9 +193,9 @@ def _unsort_put(engine: Engine, node: fx.Node, into: Any, index: Index, value: A
     if not same(size, tokens * k):
         return None
     label = tuple(x for x in (Atom("t0", tokens), Atom("k", k)) if not same(x.size, 1))
-    if isinstance(value, Range) and value.start == 0:
+    if isinstance(value, Range) and value.start == 0 and names(value.dims) == (("i",),) and rank(node) == 1:
         return Inverse((label,), index.rows)
-    if isinstance(value, Val) and value.rows == index.rows and len(value.dims) == 2:
+    if isinstance(value, Val) and value.rows == index.rows and is_rows(value.dims):
         gate = replace(value.gate, rows=None) if value.gate is not None else None
         return replace(value, dims=(label, value.dims[1]), rows=None, gate=gate)
     return None

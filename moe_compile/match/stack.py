@@ -80,6 +80,8 @@ def merge_weights(weights: list[Wt], node: Any) -> Wt:
         mine, ref = [x.size for d in w.dims for x in d], [x.size for d in first.dims for x in d]
         if mine != ref:
             raise refuse("MC201", f"expert {e} has weights of shape {mine}, expert 0 has {ref}", node)
+    if any(w.source != first.source for w in weights):
+        raise refuse("MC201", "experts mix weights of their own with rows of a stack", node)
     if first.source == "row":
         for e, w in enumerate(weights):
             if w.leaf != first.leaf and written(w.leaf.node) is written(first.leaf.node):

@@ -223,7 +223,7 @@ def add_bias(engine: Engine, val: Val, bias: fx.Node, node: fx.Node) -> Val | No
     fact = engine.fact(bias)
     if fact is None:
         fact = lift(engine, bias, lambda en, n: bias_leaf(en, n, "e" in flat_names(val.dims)))
-    if not isinstance(fact, Wt):
+    if not isinstance(fact, Wt) or (fact.cut is not None and fact.cut[0] != "w0"):
         return None
     labels = tuple(tuple(Atom("f", a.size) if a.name == "w0" else a for a in d) for d in fact.dims)
     if "w1" in flat_names(fact.dims) or "f" not in flat_names(labels):
@@ -288,7 +288,9 @@ def _einsum(engine: Engine, node: fx.Node) -> Any:
 def functional(target: Any) -> Any:
     """The out-of-place overload of an in-place one."""
     packet = target.overloadpacket.__name__
-    return getattr(getattr(aten, packet[:-1]), target._overloadname) if packet.endswith("_") else target
+    if not packet.endswith("_") or packet.endswith("__"):
+        return target
+    return getattr(getattr(aten, packet[:-1]), target._overloadname)
 
 
 def is_pointwise(target: Any) -> bool:
@@ -332,6 +334,9 @@ def pointwise(engine: Engine, node: fx.Node) -> Any:
             return None
         slots, expr = _merge(slots, val)
         args.append(expr)
+    order = [a.name for d in dims for a in d if a.name != "*"]
+    if len(order) != len(set(order)):
+        return None  # every element of one value meets every element of another
     if gates and not (len(gates) == 1 and target in (aten.mul.Tensor, aten.neg.default)):
         raise refuse("MC302", f"the router weight is applied before {target.overloadpacket.__name__}", node)
     kwargs = tuple(sorted((k, v) for k, v in node.kwargs.items()))
