@@ -294,12 +294,15 @@ class RepeatedRows(Stacks):
 class FirstRow(Stacks):
     """The first token that chose the expert, not all."""
 
+    def __init__(self):
+        super().__init__(top_k=1)
+
     def forward(self, x):
         w, ids = self.routed(x)
         out = torch.zeros_like(x)
         for e in range(self.experts):
-            token = (ids[:, 0] == e).nonzero()[:1][0]
-            out = out.index_add(0, token, self.expert(e, x[token]) * w[token, :1])
+            token = (ids[:, 0] == e).nonzero()[0]
+            out = out.index_add(0, token, self.expert(e, x[token]) * w[token])
         return out
 
 
