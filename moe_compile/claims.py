@@ -18,7 +18,7 @@ from .match.engine import Engine
 from .match.facts import refuse
 from .match.layer import Found, prove_range
 from .match.marks import Block, blocks, pairs_of
-from .match.nodes import writes
+from .match.nodes import mutated
 from .match.shrunk import Loop
 from .match.slots import root_of
 from .spec import NoMatch
@@ -59,7 +59,7 @@ def _stands_for_all(engine: Engine, loop: Loop, layers: Sequence[tuple[Found, Re
             continue
         inside = any(node in region.nodes for region in regions)
         random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-        if random or (writes(node.target) and not inside):
+        if random or (mutated(node) and not inside):
             raise refuse("MC215", f"{node.name} happens once for every expert", node)
         for user in node.users:
             after = engine.position[user] > loop.end and not is_size_check(user) and user.target is not marks.mark
@@ -79,7 +79,10 @@ def _holds(engine: Engine, block: Block, layers: Sequence[tuple[Found, Region]])
     if statically_true(shape_of(found.routing.x.node)[0] == 0):
         raise refuse("MC214", "there are no tokens", block.evidence)
     if block.every:
-        prove_range(engine, found.routing.ids, found.moe.experts.num_experts, found.output)
+        experts = found.moe.experts.num_experts
+        prove_range(engine, found.routing.ids, experts, found.output)
+        if block.listed is not None and block.listed < experts:
+            raise refuse("MC214", f"the loop runs over {block.listed} experts, the layer has {experts}", block.evidence)
     for node, at in engine.position.items():
         if not block.begin < at < block.end or node.target is marks.mark or node.op != "call_function":
             continue
@@ -88,7 +91,7 @@ def _holds(engine: Engine, block: Block, layers: Sequence[tuple[Found, Region]])
             raise refuse("MC214", f"a step of expert {own.expert} depends on the tokens of expert {pairs.expert}", node)
         if node in region.nodes or is_size_check(node):
             continue
-        if writes(node.target) or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        if mutated(node) or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             raise refuse("MC214", f"{node.name} happens only if expert {pairs.expert} has tokens", node)
         for user in node.users:
             inside = block.begin < engine.position[user] < block.end

@@ -11,9 +11,9 @@ from .canonical import placeholder_value, shape_of, tensor_inputs, value
 from .match.engine import Engine
 from .match.facts import Filled, Leaf, Picked, Sum, Val, refuse
 from .match.layer import Found
-from .match.nodes import VIEWS, aten, keeps_order, writes, written
+from .match.nodes import VIEWS, aten, keeps_order, mutated, writes, written
 
-_SIZE_CHECKS = ("sym_size", "_assert_scalar", "_assert_async", "sym_constrain_range", "_assert_tensor_metadata")
+_SIZE_CHECKS = ("sym_size", "_assert_scalar", "sym_constrain_range", "_assert_tensor_metadata")
 _COMPARISONS = ("ge", "le", "gt", "lt", "eq", "ne", "and_", "mul", "add", "sub", "sym_max", "sym_min")
 
 
@@ -38,6 +38,7 @@ def region_of(engine: Engine, found: Found) -> Region:
     _borders_hold(engine, found)
     _nothing_used_outside(engine, found, nodes)
     _no_mode_changes(engine, found, nodes)
+    _no_double(engine, found, nodes)
     _no_gradients(engine, found)
     base = engine.base(found.output)
     aliases = (n for n in (base, *engine.views(base)) if n in nodes and n is not found.output and _whole(n, base))
@@ -86,7 +87,7 @@ def _nothing_used_outside(engine: Engine, found: Found, nodes: set[fx.Node]) -> 
                 continue
             if isinstance(inner, (Val, Sum, Picked)) or (inner is None and _is_heavy(node)):
                 raise refuse("MC203", f"{node.name}, inside the layer, is also used by {user.name}", user)
-            if writes(node.target):
+            if mutated(node):
                 raise refuse("MC204", f"{node.name} is written in place and used outside the layer", user)
     _buffers_are_not_seen(engine, nodes, found.output)
 
@@ -157,6 +158,20 @@ def _no_mode_changes(engine: Engine, found: Found, nodes: set[fx.Node]) -> None:
             continue
         if first <= at <= engine.position[found.output] or (at < first and depth > 0):
             raise refuse("MC211", "the layer runs under autocast", node)
+
+
+def _no_double(engine: Engine, found: Found, nodes: set[fx.Node]) -> None:
+    """The op computes an expert of narrower numbers in float32: a step in float64 would lose digits."""
+    if value(found.routing.x.node).dtype is torch.float64:
+        return
+    for node in nodes:
+        val, fact = value(node), engine.first_facts.get(node)
+        if not isinstance(val, torch.Tensor) or val.dtype is not torch.float64 or not isinstance(fact, Val):
+            continue
+        before = [engine.first_facts.get(i) for i in tensor_inputs(node)]
+        step = fact.gate is None and all(getattr(f, "expr", None) != fact.expr for f in before)
+        if step and fact.expr != ("x",):
+            raise refuse("MC401", f"{node.name}, inside an expert, is float64; the hidden states are narrower", node)
 
 
 def _no_gradients(engine: Engine, found: Found) -> None:

@@ -70,8 +70,9 @@ def _origin(copy: Canonical, node: fx.Node) -> fx.Node:
 
 def _output(copy: Canonical, node: fx.Node) -> fx.Node:
     """The original node after which the layer's result exists; ``out[m] = y`` is one without a value of its own."""
-    if not copy.origins.get(node) and writes(node.target) and node in copy.first_origin:
-        return copy.first_origin[node]
+    first = copy.first_origin.get(node)
+    if not copy.origins.get(node) and writes(node.target) and first is not None and first.target is operator.setitem:
+        return first
     return _origin(copy, node)
 
 

@@ -44,6 +44,13 @@ def is_fake(tensor: torch.Tensor) -> bool:
     return type(tensor) is FakeTensor
 
 
+def storage_of(tensor: Any) -> int | None:
+    """A number for the memory of a (fake) tensor, equal for all views of it as long as one of them lives."""
+    if not isinstance(tensor, torch.Tensor) or not torch._C._has_storage(tensor):
+        return None
+    return int(tensor.untyped_storage()._cdata)
+
+
 def fake_mode_of(values: Sequence[Any]) -> Any:
     """The fake mode that Dynamo's example values belong to, or None when nothing is fake."""
     for value in values:

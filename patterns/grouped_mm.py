@@ -29,6 +29,7 @@ from moe_compile.match.facts import (
     Sum,
     Val,
     Wt,
+    counts_pairs,
     flat_names,
     names,
     refuse,
@@ -37,7 +38,7 @@ from moe_compile.match.facts import (
 from moe_compile.match.layer import Found, build, chosen_from
 from moe_compile.match.nodes import ID_DTYPES, argument, aten, is_ids, is_integer, normal_dim, rank
 from moe_compile.match.pairs import names_pair
-from moe_compile.match.routing import top_k
+from moe_compile.match.routing import token_count, top_k
 from moe_compile.match.values import lift, linear_map, weight_leaf
 from moe_compile.match.views import as_dtype
 from moe_compile.spec import NoMatch
@@ -123,9 +124,11 @@ def _take_ids(engine: Engine, node: fx.Node) -> Any:
         return None
     fact = engine.fact(source)
     if isinstance(fact, Range) and fact.start == 0 and len(fact.dims) == 1:
-        (label,) = fact.dims
-        each_k = len(label) == 2 and label[0].name == "i" and same(label[1].size, top_k(engine, order.rows.ids))
-        return replace(order, what="token") if each_k and label[1].name == "*" else None
+        ids = order.rows.ids
+        label = names(fact.dims)[0]
+        each_k = label == ("i", "*") or (label == ("*",) and same(token_count(engine, ids), 1))
+        each_k = each_k and same(fact.dims[0][-1].size, top_k(engine, ids))
+        return replace(order, what="token") if each_k else None
     if fact is None and is_integer(source):
         leaf = _flat_ids(engine, source)
         if leaf is not None and leaf == order.rows.ids and order.rows.kind == "sorted":
@@ -163,19 +166,15 @@ def _slice_counts(engine: Engine, node: fx.Node) -> Any:
     fact = engine.fact(node.args[0])
     if not isinstance(fact, Counts) or argument(node, 2, "start") not in (None, 0) or argument(node, 4, "step", 1) != 1:
         return None
-    return replace(fact, dims=((Atom("e", argument(node, 3, "end")),),))
-
-
-def _is_one_hot(gate: Gate) -> bool:
-    """Whether a gate counts every pair once."""
-    return gate.weight is None and gate.expert is None and gate.rows is None and gate.slot is None
+    end = argument(node, 3, "end")
+    return replace(fact, dims=((Atom("e", end),),)) if isinstance(end, int) and end > 0 else None
 
 
 def _sum_one_hot(engine: Engine, node: fx.Node) -> Any:
     """``one_hot(ids.view(-1), E).sum(0)``."""
     gate = engine.fact(node.args[0])
     dims = argument(node, 1, "dim")
-    if not isinstance(gate, Gate) or not _is_one_hot(gate) or dims is None:
+    if not isinstance(gate, Gate) or not counts_pairs(gate) or dims is None:
         return None
     chosen = [normal_dim(d, len(gate.dims)) for d in ([dims] if isinstance(dims, int) else dims)]
     left = [d for i, d in enumerate(gate.dims) if i not in chosen]
@@ -195,7 +194,7 @@ def _cumsum(engine: Engine, node: fx.Node) -> Any:
     fact = engine.fact(node.args[0])
     if isinstance(fact, Gate) and any(name.startswith("t") for name in flat_names(fact.dims)):
         raise refuse("MC209", "tokens are counted one by one per expert: they get places in bins of a fixed size", node)
-    if isinstance(fact, Gate) and names(fact.dims) == (("e",),) and _is_one_hot(fact):
+    if isinstance(fact, Gate) and names(fact.dims) == (("e",),) and counts_pairs(fact):
         fact = Counts(fact.dims, fact.ids)  # T = 1: the one-hot rows were summed over the slots alone
     return _of_dtype(replace(fact, ends=True), node) if isinstance(fact, Counts) and not fact.ends else None
 

@@ -17,8 +17,9 @@ from torch import fx
 
 from ..canonical import Canonical, shape_of, tensor_inputs, value
 from ..spec import NoMatch
+from ..torch_compat import storage_of
 from .facts import Ids, Leaf, Sum, Val, same
-from .nodes import FLAT_VIEWS, VIEWS, aten, holds_ids, is_getitem_of_view, is_pure, writes, written
+from .nodes import FLAT_VIEWS, VIEWS, aten, holds_ids, is_getitem_of_view, is_pure, mutated, writes, written
 
 Rule = Callable[["Engine", fx.Node], Any]
 Rules = Mapping[Any, Rule]
@@ -55,6 +56,7 @@ class Engine:
         self.loops: list[Any] = []  # loops that were traced for two experts (match.shrunk.Loop)
         self.marks: list[Any] = []  # what rewritten loops assumed: (mark, kind, numbers, evidence, its fact)
         self._base: dict[fx.Node, fx.Node] = {}
+        self._storages: dict[int, fx.Node] = {}  # memory -> the node that owns it
         self._views: dict[fx.Node, list[fx.Node]] = {}
         self._versions: dict[fx.Node, int] = {}
         self._written: dict[fx.Node, list[int]] = {}
@@ -71,22 +73,33 @@ class Engine:
         for i, node in enumerate(self.copy.graph.nodes):
             self.position[node] = i
             if node.op == "placeholder" or node.op == "get_attr":
-                continue
-            if node.op == "call_function":
+                self._own(node, None)
+            elif node.op == "call_function":
                 self._step(node)
         return self
 
     def _step(self, node: fx.Node) -> None:
-        target = node.target
         first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
-        if first is not None and (target in VIEWS or is_getitem_of_view(node)):
+        self._own(node, first)
+        fact = self._apply(node)
+        for target in mutated(node):
+            if target is first and writes(node.target):
+                self._write(target, node, fact)
+            else:
+                self._overwrite(target, node)
+        self._set(node, fact)
+
+    def _own(self, node: fx.Node, first: fx.Node | None) -> None:
+        """Find the memory of a node: that of an earlier one with the same storage, or what its op may share."""
+        base = node
+        if first is not None and (node.target in VIEWS or is_getitem_of_view(node)):
             base = self.base(first)
+        storage = storage_of(value(node))
+        if storage is not None:
+            base = self._storages.setdefault(storage, base)
+        if base is not node:
             self._base[node] = base
             self._views.setdefault(base, []).append(node)
-        fact = self._apply(node)
-        if first is not None and writes(target):
-            self._write(first, node, fact)
-        self._set(node, fact)
 
     def _apply(self, node: fx.Node) -> Any:
         for rule in (*self.rules.get(node.target, ()), *self.fallbacks(node.target)):
@@ -108,26 +121,25 @@ class Engine:
         self.first_facts[node] = fact
         if isinstance(fact, Sum):
             self.sums.append((node, fact))
-        elif isinstance(fact, Val) and fact.slots and fact.rows is None and fact.gate is None:
+        elif isinstance(fact, Val) and _is_plain(fact):
             self.made.setdefault((fact.x, fact.slots, fact.expr), node)
 
-    def _write(self, target: fx.Node, write: fx.Node, fact: Any) -> None:
+    def _overwrite(self, target: fx.Node, write: fx.Node) -> None:
+        """A new version of the memory of ``target``, of which nothing is known."""
         base = self.base(target)
         self._versions[base] = self._versions.get(base, 0) + 1
         self._written.setdefault(base, []).append(self.position[write])
         for other in [base, *self._views.get(base, [])]:
-            if other is not target:
-                self.facts.pop(other, None)
+            self.facts.pop(other, None)
+
+    def _write(self, target: fx.Node, write: fx.Node, fact: Any) -> None:
+        self._overwrite(target, write)
+        base = self.base(target)
         # The write's result, and any later read through the written node, have the new fact.
         self._base[write] = base
         self._views.setdefault(base, []).append(write)
-        if target is base or self.same_view(target, base):
-            if fact is None:
-                self.facts.pop(target, None)
-            else:
-                self.facts[target] = fact
-        else:
-            self.facts.pop(target, None)
+        if fact is not None and (target is base or self.same_view(target, base)):
+            self.facts[target] = fact
 
     def same_view(self, node: fx.Node, base: fx.Node) -> bool:
         """Whether ``node`` is ``base`` after writes to the whole of it."""
@@ -258,6 +270,13 @@ class Engine:
             if found is not None:
                 return found
         return None
+
+
+def _is_plain(val: Val) -> bool:
+    """Whether a value stands once for every token, in their order, and nothing was weighted."""
+    order = [a.name for d in val.dims for a in d]
+    once = order == [*sorted(n for n in order if n.startswith("t")), "f"]
+    return bool(val.slots) and once and val.rows is None and val.gate is None and val.gate_in is None
 
 
 def ids_of(fact: Any) -> Leaf | None:

@@ -85,6 +85,11 @@ def is_vector(dims: Dims) -> bool:
     return names(dims) in ((("r",),), ((),))
 
 
+def fits(dims: Dims, shape: Sequence[Any]) -> bool:
+    """Whether labels are those of a tensor of this shape."""
+    return len(dims) == len(shape) and all(same(size_of(d), s) for d, s in zip(dims, shape, strict=True))
+
+
 def is_token(dim: Dim) -> bool:
     """Whether a dimension runs over tokens only."""
     return bool(dim) and all(a.name.startswith("t") for a in dim)
@@ -245,6 +250,11 @@ class Gate(Fact):
     distinct: bool = False
     rows: Rows | None = None
     slot: int | None = None
+
+
+def counts_pairs(gate: Gate) -> bool:
+    """Whether a gate with an ``e`` dimension counts every pair of every expert as one."""
+    return gate.weight is None and gate.expert is None and gate.rows is None and gate.slot is None
 
 
 @dataclass(frozen=True)

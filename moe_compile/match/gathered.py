@@ -28,6 +28,7 @@ from .facts import (
     size_of,
 )
 from .nodes import argument, aten, is_float, is_integer, normal_dim
+from .pairs import token_major
 from .routing import ids_dims, token_count
 from .values import lift, weight_leaf, x_rows
 
@@ -69,9 +70,23 @@ def by_ids(engine: Engine, node: fx.Node, source: fx.Node, dim: int, index: fx.N
 def is_token_range(engine: Engine, tokens: Range, ids: fx.Node) -> bool:
     """Whether ``tokens`` is ``arange(T)`` standing before the slots of ``ids [T, K]``: ``[T, 1]`` (or ``[T]``)."""
     found = ids_dims(engine, ids)
-    if found is None or tokens.start != 0 or names(tokens.dims[:1]) != (("i",),) or any(tokens.dims[1:]):
+    if found is None or tokens.start != 0 or any(tokens.dims[1:]):
+        return False
+    if names(tokens.dims[:1]) not in ((("i",),), ((),)):
         return False
     return len(tokens.dims) == len(found[1]) and same(size_of(tokens.dims[0]), token_count(engine, found[0]))
+
+
+def per_token_by_ids(engine: Engine, node: fx.Node, source: fx.Node, ids: fx.Node) -> Any:
+    """``ys[arange(T)[:, None], ids]`` of ``ys [T, E, H]``: each pair's output."""
+    val, found = engine.fact(source), ids_dims(engine, ids)
+    if not isinstance(val, Val) or len(val.dims) != 3 or found is None or not token_major((*val.dims[:1], *found[1])):
+        return None
+    if not same(size_of(val.dims[0]), token_count(engine, found[0])):
+        return None
+    picked = all_by_ids(engine, node, source, ids, 1)
+    whole = picked is None or len(found[1]) > 1
+    return picked if whole else picked.with_dims((picked.dims[0], picked.dims[2]))
 
 
 def all_by_ids(engine: Engine, node: fx.Node, source: fx.Node, index: fx.Node, dim: int) -> Any:
@@ -119,6 +134,8 @@ def _gather(engine: Engine, node: fx.Node) -> Any:
     # The index must be ids over (t, k) at the right places and a plain copy over the features.
     for i, (mine, theirs) in enumerate(zip(val.dims, dims, strict=True)):
         label = names((theirs,))[0]
+        if i != d and not same(size_of(mine), size_of(theirs)):
+            return None
         if i == d:
             if label not in (("k",), ()):
                 return None

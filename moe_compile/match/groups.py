@@ -15,7 +15,23 @@ from torch import fx
 from ..canonical import shape_of, value
 from ..loops import marks
 from .engine import Engine, Rules
-from .facts import Atom, Counts, Fact, Filled, Gate, Index, Leaf, Rows, Val, names, refuse, same
+from .facts import (
+    Atom,
+    Counts,
+    Fact,
+    Filled,
+    Gate,
+    Index,
+    Leaf,
+    Rows,
+    Val,
+    counts_pairs,
+    flat_names,
+    is_rows,
+    names,
+    refuse,
+    same,
+)
 from .layer import chosen_from
 from .nodes import argument, aten, holds_ids, is_integer
 from .routing import ids_dims
@@ -26,21 +42,22 @@ from .values import renumber
 
 @dataclass(frozen=True)
 class HitMask(Fact):
-    """``[E]``: whether an expert has a pair."""
+    """``[E]``: whether an expert has a pair. E may be less than the number of experts that ids name."""
 
     ids: Leaf
 
 
 @dataclass(frozen=True)
 class Hits(Fact):
-    """The ids of the experts that have a pair, each once."""
+    """The ids of the experts that have a pair, each once, among the first ``experts`` (None: all)."""
 
     ids: Leaf
+    experts: int | None = None
 
 
 def counts_of(engine: Engine, fact: Any) -> Counts | None:
     """A value as rows per expert; of a single token the gates of its experts are that, with nothing left to sum."""
-    if isinstance(fact, Gate) and names(fact.dims) == (("e",),) and fact.weight is None and fact.rows is None:
+    if isinstance(fact, Gate) and names(fact.dims) == (("e",),) and counts_pairs(fact):
         if fact.distinct and chosen_from(engine, fact.ids.node) is None:
             return None
         return Counts(fact.dims, fact.ids)
@@ -59,7 +76,7 @@ def _segment(engine: Engine, node: fx.Node) -> Any:
     experts = counts.dims[0][0].size if counts.dims[0] else 1
     if not isinstance(index, int) or not isinstance(experts, int) or not 0 <= index < experts:
         raise refuse("MC208", f"group {index} of {experts} groups of rows", node)
-    if names(fact.dims[:1]) != (("r",),):
+    if names(fact.dims[:1]) != (("r",),) or "e" in flat_names(fact.dims):
         return None
     rows = Rows("hit", order.ids, index, order.order, grouped=True)
     dims = ((Atom("r", shape_of(node)[0]),), *fact.dims[1:])
@@ -93,7 +110,7 @@ def _in_order(node: fx.Node, vals: Sequence[Val], order: Rows) -> Val | None:
             raise refuse("MC208", f"the rows of expert {e} are not those of group {e}", node)
         if v.x != first.x or v.expr != first.expr or len(v.slots) != len(first.slots):
             raise refuse("MC201", f"expert {e} computes something else than expert 0", node)
-        if v.gate is not None or v.gate_in is not None:
+        if v.gate is not None or v.gate_in is not None or not is_rows(v.dims):
             return None
         if any(a.transposed != b.transposed for a, b in zip(v.slots, first.slots, strict=True)):
             raise refuse("MC201", "some experts' weights are transposed and others are not", node)
@@ -157,19 +174,18 @@ def _hit_list(engine: Engine, node: fx.Node) -> Any:
     """``nonzero`` of the experts that have a pair."""
     fact = engine.fact(node.args[0])
     fact = fact if isinstance(fact, HitMask) else counts_of(engine, fact)
-    if fact is None or (isinstance(fact, Counts) and fact.ends):
+    if fact is None or (isinstance(fact, Counts) and fact.ends) or names(fact.dims) != (("e",),):
         return None
+    experts = fact.dims[0][0].size
     if node.target in (aten.where.default, aten.nonzero_numpy.default):
-        return [Hits(((),), fact.ids)]
-    return Hits(((), ()), fact.ids)
+        return [Hits(((),), fact.ids, experts)]
+    return Hits(((), ()), fact.ids, experts)
 
 
 def _any_pair(engine: Engine, node: fx.Node) -> Any:
     """``one_hot(ids).any(dims)`` over tokens and slots."""
     gate = engine.fact(node.args[0])
-    if isinstance(gate, HitMask):
-        return gate if not gate.dims else None
-    if not isinstance(gate, Gate) or gate.weight is not None or gate.expert is not None or gate.rows is not None:
+    if not isinstance(gate, Gate) or not counts_pairs(gate) or argument(node, 2, "keepdim", False):
         return None
     where = argument(node, 1, "dim")
     dims = [where] if isinstance(where, int) else list(where or ())

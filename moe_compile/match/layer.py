@@ -56,7 +56,8 @@ def build(engine: Engine, output: fx.Node, total: Sum, form: str) -> Found:
         _prove_distinct(engine, ids, output)
     if router is not None and router.dense:
         prove_range(engine, ids, shape_of(router.leaf.node)[-1], output)
-    if any(s.weight.source == "ids" for s in val.slots):
+    grouped = any(p.val.rows is not None and p.val.rows.grouped for p in total.parts)
+    if grouped or any(s.weight.source == "ids" for s in val.slots):  # an id below zero would move every group
         prove_range(engine, ids, experts.num_experts, output)
     moe = MoE(
         hidden_states=val.x,
@@ -87,33 +88,27 @@ def rebased(engine: Engine, total: Sum, node: fx.Node) -> Sum:
     shared = {s for s in shared if s.weight.source == "one"}
     if not shared:
         return total
-    numbers = {i for i, s in enumerate(first.slots) if s in shared}
-    found: list[Any] = []
-    _shared_inputs(first.expr, numbers, found)
-    if len(found) != 1:
-        raise refuse("MC202", "experts share a weight", node)
-    (expr,) = found
-    used = sorted(_slots_of(expr))
-    place = {old: new for new, old in enumerate(used)}
-    key = (
-        first.x,
-        tuple(first.slots[i] for i in used),
-        renumber(expr, [place.get(i, 0) for i in range(len(first.slots))]),
-    )
-    at = engine.made.get(key)
+    keys, out = set(), []
+    for part in total.parts:
+        val = part.val
+        mine = {i for i, s in enumerate(val.slots) if s in shared}
+        found: list[Any] = []
+        _shared_inputs(val.expr, mine, found)
+        if len(found) != 1 or _reads_input(val.expr, found[0]) or val.gate_in is not None:
+            raise refuse("MC202", "experts share a weight", node)
+        (expr,) = found
+        used = sorted(_slots_of(expr))
+        place = [used.index(i) if i in used else 0 for i in range(len(val.slots))]
+        keys.add((val.x, tuple(val.slots[i] for i in used), renumber(expr, place)))
+        kept = [i for i in range(len(val.slots)) if i not in mine]
+        order = [kept.index(i) if i in kept else 0 for i in range(len(val.slots))]
+        new = renumber(_substitute(val.expr, expr), order)
+        out.append(replace(part, val=replace(val, expr=new, slots=tuple(val.slots[i] for i in kept))))
+    at = engine.made.get(keys.pop()) if len(keys) == 1 else None
     if at is None:
         raise refuse("MC202", "experts share a weight", node)
     leaf = engine.leaf_at(at)
-    out = []
-    for part in total.parts:
-        theirs: list[Any] = []
-        mine = {i for i, s in enumerate(part.val.slots) if s in shared}
-        _shared_inputs(part.val.expr, mine, theirs)
-        kept = [i for i in range(len(part.val.slots)) if i not in mine]
-        order = [kept.index(i) if i in kept else 0 for i in range(len(part.val.slots))]
-        new = renumber(_substitute(part.val.expr, theirs[0] if theirs else None), order)
-        out.append(replace(part, val=replace(part.val, x=leaf, expr=new, slots=tuple(part.val.slots[i] for i in kept))))
-    return replace(total, parts=tuple(out))
+    return replace(total, parts=tuple(replace(p, val=replace(p.val, x=leaf)) for p in out))
 
 
 def _slots_of(expr: Any) -> set[int]:
@@ -135,6 +130,15 @@ def _shared_inputs(expr: Any, shared: set[int], found: list[Any]) -> None:
         return
     for inner in expr[2] if expr[0] == "op" else (expr[4],) if expr[0] == "cut" else (expr[2],):
         _shared_inputs(inner, shared, found)
+
+
+def _reads_input(expr: Any, inner: Any) -> bool:
+    """Whether ``expr`` reads the input itself outside of ``inner``."""
+    if expr == inner:
+        return False
+    if expr[0] == "op":
+        return any(_reads_input(a, inner) for a in expr[2])
+    return bool(expr == ("x",) or (expr[0] != "const" and _reads_input(expr[-1], inner)))
 
 
 def _substitute(expr: Any, inner: Any) -> Any:

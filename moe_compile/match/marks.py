@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from torch import fx
@@ -36,7 +36,8 @@ class Pairs(NamedTuple):
 class Block:
     """Nodes between two positions that ran in the original only if an expert had a pair, or once per hit expert.
 
-    ``pairs`` says which expert; None where ``evidence`` does not show it.
+    ``pairs`` says which expert; None where ``evidence`` does not show it. ``listed``: the loop could be over the first
+    so many experts only (None: over all).
     """
 
     site: int
@@ -45,6 +46,7 @@ class Block:
     pairs: Pairs | None
     evidence: fx.Node | None
     every: bool  # one iteration of a loop over hit experts
+    listed: int | None = None
 
 
 def _remember(engine: Engine, node: fx.Node) -> Any:
@@ -69,26 +71,26 @@ RULES: Rules = {marks.mark: _remember}
 def blocks(engine: Engine) -> list[Block]:
     """Every marked block; a mark that is never closed ends with the graph and has no ids."""
     found: list[Block] = []
-    opened: dict[int, Any] = {}
+    opened: dict[int, Block] = {}
+    last = max(engine.position.values(), default=0)
     for node, kind, numbers, tensor, fact in engine.marks:
         at, site = engine.position[node], numbers[0]
         if kind in ("hit", "nonempty", "count", "leave") and site in opened:
-            begin, pairs, evidence, every = opened.pop(site)
-            found.append(Block(site, begin, at, pairs, evidence, every))
+            found.append(replace(opened.pop(site), end=at))
         if kind == "hit":
-            pairs = Pairs(fact.ids, numbers[1]) if isinstance(fact, Hits) else None
-            opened[site] = (at, pairs, tensor, True)
+            hits = fact if isinstance(fact, Hits) else None
+            pairs = Pairs(hits.ids, numbers[1]) if hits is not None else None
+            opened[site] = Block(site, at, last, pairs, tensor, True, hits.experts if hits is not None else None)
         elif kind == "count":
             counts = counts_of(engine, fact)
             pairs = Pairs(counts.ids, numbers[1]) if counts is not None else None
-            opened[site] = (at, pairs, tensor, False)
+            opened[site] = Block(site, at, last, pairs, tensor, False)
         elif kind == "nonempty":
             weighed = isinstance(fact, Gate) and fact.rows is None and fact.weight is not None
-            opened[site] = (at, None if weighed else pairs_of(fact), tensor, False)
+            opened[site] = Block(site, at, last, None if weighed else pairs_of(fact), tensor, False)
         elif kind == "veto":
             found.append(Block(site, at, at, None, tensor, False))
-    last = max(engine.position.values(), default=0)
-    return found + [Block(site, begin, last, None, tensor, every) for site, (begin, _, tensor, every) in opened.items()]
+    return found + [replace(block, pairs=None) for block in opened.values()]
 
 
 def pairs_of(fact: Any) -> Pairs | None:

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
-from ..canonical import shape_of, value
+from ..canonical import shape_of, tensor_inputs, value
 from ..torch_compat import statically_true
 
 aten = torch.ops.aten
@@ -91,12 +92,26 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
 
 
 def writes(target: Any) -> bool:
-    """Whether an op writes its first argument in place."""
+    """Whether an op writes its first argument in place and returns it."""
     schema = getattr(target, "_schema", None)
-    if schema is None or not schema.arguments:
+    if schema is None or not schema.arguments or len(schema.returns) != 1:
         return False
-    info = schema.arguments[0].alias_info
-    return info is not None and info.is_write
+    infos = (schema.arguments[0].alias_info, schema.returns[0].alias_info)
+    return all(info is not None and info.is_write for info in infos) and str(schema.arguments[0].type) == "Tensor"
+
+
+def mutated(node: fx.Node) -> list[fx.Node]:
+    """Every tensor that a node writes in place: what its schema says; a higher-order op may write all it reads."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return tensor_inputs(node) if isinstance(node.target, torch._ops.HigherOrderOperator) else []
+    if not schema.is_mutable:
+        return []
+    found: list[Any] = []
+    for i, arg in enumerate(schema.arguments):
+        if arg.alias_info is not None and arg.alias_info.is_write:
+            found += tree_leaves(argument(node, i, arg.name))
+    return [a for a in found if isinstance(a, fx.Node)]
 
 
 def written(node: fx.Node) -> fx.Node:

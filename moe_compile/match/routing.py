@@ -23,6 +23,7 @@ from .facts import (
     RouterWeight,
     Sum,
     Val,
+    fits,
     flat_names,
     is_token,
     names,
@@ -98,6 +99,8 @@ def _eq(engine: Engine, node: fx.Node) -> Any:
     merged = unify(dims, labels)
     if merged is None:
         return None
+    if "e" not in flat_names(merged):
+        return None  # one expert
     return Gate(merged, leaf, boolean=True, summed="k" not in flat_names(merged))
 
 
@@ -152,6 +155,7 @@ def weigh(engine: Engine, node: fx.Node, gate: Gate, other: Any) -> Gate | None:
         dense = dense_column(engine, other, gate, token_count(engine, gate.ids))
         product = unify(gate.dims, tuple(() for _ in shape_of(other)))
         lined = all(same(s, 1) or is_token(d) for s, d in zip(shape_of(other)[::-1], gate.dims[::-1], strict=False))
+        lined = lined and _token_major(gate.dims)
         if dense is not None and product is not None and lined and len(shape_of(other)) <= len(gate.dims):
             # A truth value counts a token once however often it names the expert; so does the sum if it never does.
             return replace(gate, dims=product, weight=dense, boolean=False, distinct=gate.distinct)
@@ -234,7 +238,8 @@ def _where(engine: Engine, node: fx.Node) -> Any:
     gate = engine.fact(mask)
     if not isinstance(gate, Gate) or not _is_zero(engine, no):
         return None
-    return weigh(engine, node, gate, yes)
+    found = weigh(engine, node, gate, yes)
+    return found if found is not None and fits(found.dims, shape_of(node)) else None  # zeros may spread it
 
 
 def _is_zero(engine: Engine, node: Any) -> bool:

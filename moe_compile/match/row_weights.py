@@ -17,6 +17,12 @@ from .slots import dense_column, of_one_slot
 from .values import lift, x_leaf
 
 
+def in_rows(gate: Gate, rows: Rows) -> Gate:
+    """A token that names the expert twice may stand in two rows, each with the sum of both weights."""
+    several = rows.per_pair or rows.slot is not None
+    return replace(gate, distinct=gate.distinct or (gate.summed and several))
+
+
 def token_weight(engine: Engine, source: fx.Node, rows: Rows, row: Dim) -> Gate | None:
     """``w[:, k][tokens]``, ``w[mask, k]``: the weight of the one slot; ``probs[mask, e]``: that of the expert."""
     shape, tokens = shape_of(source), token_count(engine, rows.ids)
@@ -71,7 +77,9 @@ def flat_weight(engine: Engine, node: fx.Node, source: fx.Node, index: Index) ->
         label = val.dims[0]
         k = top_k(engine, index.rows.ids)
         if label and label[-1].name == "*" and same(label[-1].size, k) and all(a.name[0] == "t" for a in label[:-1]):
-            return replace(val, dims=(index.dims[0], val.dims[1]), rows=index.rows)
+            gate, gate_in = (None if g is None else in_rows(g, index.rows) for g in (val.gate, val.gate_in))
+            dims = (index.dims[0], val.dims[1])
+            return replace(val, dims=dims, rows=index.rows, gate=gate, gate_in=gate_in)
     return None
 
 

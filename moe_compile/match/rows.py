@@ -34,11 +34,11 @@ from .facts import (
     refuse,
     same,
 )
-from .gathered import all_by_ids, by_ids, is_token_range
+from .gathered import by_ids, is_token_range, per_token_by_ids
 from .nodes import argument, aten, is_float, normal_dim, rank
 from .pairs import names_pair, token_major
 from .routing import as_router_weight, token_count, top_k
-from .row_weights import flat_weight, lines_up, pair_weight, token_weight
+from .row_weights import flat_weight, in_rows, lines_up, pair_weight, token_weight
 from .slots import root_of
 from .values import x_rows
 
@@ -77,8 +77,8 @@ def _coordinate(label: tuple[str, ...], every: tuple[str, ...], ordered: bool) -
         return "zero"
     if label == ("k",):
         return "slot"
-    if label == tuple(name for name in every if name != "k"):
-        return "token"  # all tokens in one dimension
+    if label == tuple(sorted(name for name in every if name != "k")):
+        return "token"  # all tokens in one dimension, in their order
     return "pair" if ordered and label == every else None
 
 
@@ -121,16 +121,11 @@ def pick(fact: Any, dim: int, index: Index, node: fx.Node) -> Any:
     if isinstance(fact, Val):
         if fact.rows is not None or "k" in flat_names(fact.dims) or "e" in flat_names(fact.dims):
             return None
-        gate, gate_in = (None if g is None else _in_rows(g, index.rows) for g in (fact.gate, fact.gate_in))
+        gate, gate_in = (None if g is None else in_rows(g, index.rows) for g in (fact.gate, fact.gate_in))
         return replace(fact, dims=dims, rows=index.rows, gate=gate, gate_in=gate_in)
     if isinstance(fact, Gate):
-        return None if fact.rows is not None else replace(_in_rows(fact, index.rows), dims=dims, rows=index.rows)
+        return None if fact.rows is not None else replace(in_rows(fact, index.rows), dims=dims, rows=index.rows)
     return None
-
-
-def _in_rows(gate: Gate, rows: Rows) -> Gate:
-    """A token that names the expert twice may stand in two rows, each with the sum of both weights."""
-    return replace(gate, distinct=gate.distinct or (gate.summed and rows.per_pair))
 
 
 def _index(engine: Engine, node: fx.Node) -> Any:
@@ -160,7 +155,7 @@ def _index(engine: Engine, node: fx.Node) -> Any:
         if isinstance(a, Index) != isinstance(b, Index) and is_float(source):
             raise refuse("MC207", "the router weights are indexed by something else than token and slot", node)
         if isinstance(a, Range) and is_token_range(engine, a, where[1][1]):
-            return all_by_ids(engine, node, source, where[1][1], 1)
+            return per_token_by_ids(engine, node, source, where[1][1])
     return None
 
 
@@ -206,7 +201,7 @@ def _by_mask(engine: Engine, node: fx.Node, source: fx.Node, mask: Gate) -> Any:
         gate = Gate((row, *dims[n:]), mask.ids, expert=mask.expert, weight=weight, rows=rows, summed=True)
         return None if weight is None else gate
     if isinstance(fact, Gate) and names(fact.dims[:n]) == names(mask.dims) and fact.rows is None:
-        return replace(fact, dims=(row, *fact.dims[n:]), rows=rows)
+        return replace(in_rows(fact, rows), dims=(row, *fact.dims[n:]), rows=rows)
     if n == 1 and not isinstance(fact, Gate) and (picked := token_weight(engine, source, rows, row)) is not None:
         return picked
     if not isinstance(fact, (Gate, Wt)):

@@ -23,6 +23,7 @@ from .facts import (
     Rows,
     Sum,
     Val,
+    fits,
     flat_names,
     is_rows,
     is_vector,
@@ -193,7 +194,9 @@ def _unsort_put(engine: Engine, node: fx.Node, into: Any, index: Index, value: A
     if not same(size, tokens * k):
         return None
     label = tuple(x for x in (Atom("t0", tokens), Atom("k", k)) if not same(x.size, 1))
-    if isinstance(value, Range) and value.start == 0 and names(value.dims) == (("i",),) and rank(node) == 1:
+    if isinstance(value, Range) and value.start == 0 and fits(value.dims, (size,)) and rank(node) == 1:
+        if names(value.dims) not in ((("i",),), ((),)):
+            return None
         return Inverse((label,), index.rows)
     if isinstance(value, Val) and value.rows == index.rows and is_rows(value.dims):
         gate = replace(value.gate, rows=None) if value.gate is not None else None

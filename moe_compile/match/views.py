@@ -30,11 +30,14 @@ from .facts import (
     Sum,
     Val,
     Wt,
+    atom,
     refuse,
     regroup,
     same,
 )
 from .nodes import FLOATS, ID_DTYPES, argument, aten, normal_dim
+
+_COUNTING = (torch.int32, torch.int64, torch.float32, torch.float64)  # they hold every number of a row
 
 
 def _through(engine: Engine, node: fx.Node) -> Fact | None:
@@ -77,7 +80,7 @@ def as_dtype(fact: Any, dtype: torch.dtype, source: fx.Node) -> Any:
     if isinstance(fact, Masked):
         return fact if dtype in FLOATS else None
     if isinstance(fact, (Index, SortedIds, Inverse, Counts, Range)):
-        return fact if dtype in (torch.int32, torch.int64, torch.float32, torch.float64) else None
+        return fact if dtype in _COUNTING else None
     return None
 
 
@@ -335,7 +338,8 @@ def _arange(engine: Engine, node: fx.Node) -> Fact | None:
     start = 0 if node.target is aten.arange.default else node.args[0]
     if node.target is aten.arange.start_step and argument(node, 2, "step", 1) != 1:
         return None
-    return Range(((Atom("i", size),),), start) if isinstance(start, int) else None
+    exact = value(node).dtype in _COUNTING
+    return Range((atom("i", size),), start) if isinstance(start, int) and exact else None
 
 
 def _dropout(engine: Engine, node: fx.Node) -> Fact | None:

@@ -46,6 +46,7 @@ class WrittenAfterwards(Base):
         out = torch.zeros_like(x)
         for e in range(self.experts):
             token, slot = torch.where(ids == e)
+            token = token.clone()  # token and slot are columns of one tensor
             listed = token.tolist()
             index = token.clone()
             token.fill_(0)

@@ -235,7 +235,7 @@ REFUSED = {
     "the shared projection comes last in one expert": (
         dense(lambda s, e: (expert(s.x, s.square[e], s.shared) if e == 1 else expert(s.h, s.square[e], s.other))
               * gate(s, e), before=projected),
-        "MC201"),
+        "MC202: experts share a weight"),
     "pairs in order weighted for one expert": (
         in_order(lambda s, y, order: y * ((s.ids == 1) * s.w).sum(1)[order // K, None]),
         "MC208: experts [1] are summed"),
