@@ -129,6 +129,13 @@ class FirstTwoBins(Listed):
         return torch.histc(ids.flatten().float(), 2, 0, 1) > 0
 
 
+class FirstTwoBinsCut(Listed):
+    """A slice beyond the end of the counts makes them no longer."""
+
+    def hit(self, ids):
+        return torch.histc(ids.flatten().float(), 2, 0, 1)[:4] > 0
+
+
 class FirstTwoTruths(Listed):
     def hit(self, ids):
         return F.one_hot(ids, self.experts)[..., :2].sum((0, 1)) > 0
@@ -283,7 +290,7 @@ def test_the_whole_list_is_rewritten():
 PROGRAMS = [
     WrittenThroughAList, WrittenAsOut, WrittenByAnOp, WrittenThroughADiagonal,
     InputBesideTheProjection, OneExpertReadsAnother, WeightedBeforeTheProjection, ProjectionTurned,
-    FirstTwo, FirstTwoBins, FirstTwoTruths, KeptDimension, HitInTheFirstSlot, Dropped,
+    FirstTwo, FirstTwoBins, FirstTwoBinsCut, FirstTwoTruths, KeptDimension, HitInTheFirstSlot, Dropped,
     TurnedMask, TurnedScores, FeaturesByIds, SummedWeightPerPair, SummedWeightPerSlot,
     HalfNumbers, DoubleInside, InsideOneNode,
 ]  # fmt: skip

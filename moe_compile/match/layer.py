@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 from torch import fx
@@ -260,13 +261,13 @@ def _sizes(engine: Engine, val: Val, ids: Leaf, router: RouterWeight | None, exp
     if not isinstance(k, int):
         raise refuse("MC207", f"top-k is not a constant: {k}", node)
     shape = shape_of(ids.node)
-    tokens = _numel(shape[:-1] if len(shape) > 1 else shape)
-    if not same(_numel(shape_of(val.x.node)[:-1]), tokens):
+    tokens = prod(shape[:-1] if len(shape) > 1 else shape)
+    if not same(prod(shape_of(val.x.node)[:-1]), tokens):
         raise refuse("MC207", "hidden states and expert ids have different numbers of tokens", node)
-    if router is not None and not router.dense and not same(_numel(shape_of(router.leaf.node)), tokens * k):
+    if router is not None and not router.dense and not same(prod(shape_of(router.leaf.node)), tokens * k):
         raise refuse("MC207", "router weights and expert ids have different sizes", node)
     out = shape_of(node)
-    if not same(_numel(out), tokens * experts.hidden_size) or not same(out[-1], experts.hidden_size):
+    if not same(prod(out), tokens * experts.hidden_size) or not same(out[-1], experts.hidden_size):
         raise refuse("MC207", "the result does not have one row per token", node)
     if shape_of(val.x.node)[-1] != experts.hidden_size:
         raise refuse("MC207", "the input features are not the experts' hidden size", node)
@@ -278,13 +279,6 @@ def _tokens_in_order(total: Sum, node: fx.Node) -> None:
     tokens = sorted(n for n in order if n.startswith("t"))
     if order[: len(tokens)] != tokens:
         raise refuse("MC207", "the result has its tokens in another order than the hidden states", node)
-
-
-def _numel(shape: Any) -> Any:
-    total: Any = 1
-    for s in shape:
-        total = total * s
-    return total
 
 
 def _weighted_input_is_exact(val: Val, experts: Experts, node: fx.Node) -> None:

@@ -9,7 +9,7 @@ from torch import fx
 
 from ..canonical import shape_of
 from .engine import Engine
-from .facts import Atom, Dim, Dims, Filled, Gate, Index, Rows, Unfinished, Val, is_rows, names, refuse, same
+from .facts import Atom, Dim, Dims, Filled, Gate, Index, Rows, Unfinished, Val, is_rows, names, refuse, same, size_of
 from .routing import token_count, top_k
 from .stack import stacked_values
 
@@ -50,7 +50,7 @@ def assign(engine: Engine, node: fx.Node, target: fx.Node, into: Any, dims: Dims
     pieces = engine.pieces.get((base, version), {} if isinstance(into, Filled) else None)
     if pieces is None or not engine.same_view(target, base) or len(shape) != len(dims) + 1 or not token_major(dims):
         return None
-    if not all(same(size, _size(label)) for size, label in zip(shape, dims, strict=False)):
+    if not all(same(size, size_of(label)) for size, label in zip(shape, dims, strict=False)):
         return None
     e = rows.expert
     if rows.kind != "hit" or rows.slot is not None or e is None:
@@ -68,13 +68,6 @@ def assign(engine: Engine, node: fx.Node, target: fx.Node, into: Any, dims: Dims
     if len(pieces) < 2 or sorted(pieces) != list(range(len(pieces))):
         return Unfinished(out, rows.ids)
     return _finished(node, [pieces[i] for i in range(len(pieces))], out, rows)
-
-
-def _size(label: Dim) -> Any:
-    total: Any = 1
-    for a in label:
-        total = total * a.size
-    return total
 
 
 def _finished(node: fx.Node, vals: list[Val], dims: Dims, rows: Rows) -> Val:

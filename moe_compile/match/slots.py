@@ -8,6 +8,7 @@ once, it is one layer with K experts per token.
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
@@ -97,16 +98,9 @@ def dense_column(engine: Engine, source: fx.Node, of: Gate | Rows, tokens: Any) 
         return None
     if any(known is not None and not is_opaque(known) for known in (engine.fact(source), engine.fact(found[0]))):
         return None
-    if not same(_numel(shape_of(found[0])[:-1]), tokens):
+    if not same(prod(shape_of(found[0])[:-1]), tokens):
         return None
     return RouterWeight(engine.leaf(found[0]), dense=True)
-
-
-def _numel(shape: Any) -> Any:
-    total: Any = 1
-    for size in shape:
-        total = total * size
-    return total
 
 
 # ------------------------------------------------------------------------------------- merging
