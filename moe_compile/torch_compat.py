@@ -51,6 +51,11 @@ def storage_of(tensor: Any) -> int | None:
     return int(tensor.untyped_storage()._cdata)
 
 
+def raw_stream(device: int) -> int:
+    """The handle of the current CUDA stream, without the object around it, which costs more than a launch."""
+    return int(torch._C._cuda_getCurrentRawStream(device))
+
+
 def fake_mode_of(values: Sequence[Any]) -> Any:
     """The fake mode that Dynamo's example values belong to, or None when nothing is fake."""
     for value in values:

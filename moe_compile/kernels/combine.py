@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import power_of_two
-from .launch import dependent, follow
+from .launch import Launch, Start, dependent, follow, once
 
 
 @triton.jit(do_not_specialize=["T", "E"])
@@ -91,17 +91,20 @@ def _launch(
     experts: int,
     top_k: int,
     out_dtype: torch.dtype,
+    start: Start,
 ) -> Tensor:
     tokens, hidden = rows.shape[0] // top_k, rows.shape[1]
     out = rows.new_empty(tokens, hidden, dtype=out_dtype)
     if tokens == 0 or hidden == 0:
         return out
-    bh = min(max(power_of_two(hidden), 16), 1024)
-    bm = 1 if tokens < 1024 else max(1, 2048 // bh)
-    grid = (triton.cdiv(tokens, bm), triton.cdiv(hidden, bh))
-    combine_kernel[grid](
-        rows, position, offsets, ids, weights, out, tokens, experts, hidden, K=top_k, BM=bm, BH=bh, **dependent(rows)
-    )
+
+    def launch() -> Launch:
+        bh = min(max(power_of_two(hidden), 16), 1024)
+        bm = 1 if tokens < 1024 else max(1, 2048 // bh)
+        grid = (triton.cdiv(tokens, bm), triton.cdiv(hidden, bh))
+        return Launch(combine_kernel, grid, {"K": top_k, "BM": bm, "BH": bh, **dependent(rows)})
+
+    start(launch, rows, position, offsets, ids, weights, out, tokens, experts, hidden)
     return out
 
 
@@ -112,14 +115,17 @@ def combine_sorted(
     weights: Tensor | None,
     top_k: int,
     out_dtype: torch.dtype,
+    start: Start = once,
 ) -> Tensor:
     """``rows [P, H]`` in sorted order, ``position [P]`` of every pair -> ``[T, H]``."""
-    return _launch(rows, position, offsets, None, weights, offsets.shape[0] - 1, top_k, out_dtype)
+    return _launch(rows, position, offsets, None, weights, offsets.shape[0] - 1, top_k, out_dtype, start)
 
 
-def combine_pairs(rows: Tensor, ids: Tensor, weights: Tensor | None, experts: int, out_dtype: torch.dtype) -> Tensor:
+def combine_pairs(
+    rows: Tensor, ids: Tensor, weights: Tensor | None, experts: int, out_dtype: torch.dtype, start: Start = once
+) -> Tensor:
     """``rows [P, H]`` in the order of the pairs of ``ids [T, K]`` -> ``[T, H]``."""
-    return _launch(rows, None, None, ids, weights, experts, ids.shape[1], out_dtype)
+    return _launch(rows, None, None, ids, weights, experts, ids.shape[1], out_dtype, start)
 
 
 def combine_twin(

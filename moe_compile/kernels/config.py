@@ -41,7 +41,8 @@ class Tiles:
     ``group`` row tiles share a sweep over the columns, so that weights and rows stay in L2. ``tma``: weights
     by descriptor, ``rows_tma``: rows too (without ``tail``: a descriptor has one height). ``programs`` > 0:
     that many programs share all tiles. ``ladder`` (with ``tma`` and ``swap``) has tiles of 1/4, 2/4, 3/4, 4/4
-    and 5/4 of ``bm`` rows, so that one read of the weights serves up to 5/4.
+    and 5/4 of ``bm`` rows, so that one read of the weights serves up to 5/4. ``chained``: comes up while the
+    kernel before it ends (``launch``), which a long kernel does not repay.
     """
 
     bm: int
@@ -57,6 +58,12 @@ class Tiles:
     rows_tma: bool = False
     programs: int = 0
     ladder: bool = False
+    chained: bool = True
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Triton's launch options."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
 
     @property
     def rest(self) -> int:
@@ -152,8 +159,8 @@ def _ladder() -> tuple[Tiles, Tiles]:
 def _described(mean: float, processors: int) -> tuple[Tiles, Tiles]:
     many = mean > 1024
     return (
-        Tiles(128, 256, 64, 8, 3 if many else 4, False, 0 if many else 1, 8, tma=True),
-        Tiles(128, 256, 64, 8, 3, False, 0, 16, tma=True, rows_tma=True, programs=processors),
+        Tiles(128, 256, 64, 8, 3 if many else 4, False, 0 if many else 1, 8, tma=True, chained=False),
+        Tiles(128, 256, 64, 8, 3, False, 0, 16, tma=True, rows_tma=True, programs=processors, chained=False),
     )
 
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import Tiles, power_of_two
-from .launch import dependent, follow
+from .launch import Launch, Start, dependent, follow, once
 from .tile import Projection, expert_tile
 
 
@@ -127,6 +127,7 @@ def decode_projection(
     plan: Tiles,
     by_token: bool,
     scales: Tensor | None = None,
+    start: Start = once,
 ) -> Tensor:
     """Tokens ``x [T, D]`` (``by_token``) or pairs ``x [P, D]`` -> ``[P, N]`` in the order of the pairs.
 
@@ -137,31 +138,24 @@ def decode_projection(
     out = x.new_empty(pairs, projection.columns)
     if pairs == 0:
         return out
-    shape = projection.shape(plan)
-    by_expert = pairs >= experts
-    grid = (triton.cdiv(projection.columns, shape.bn), experts if by_expert else pairs)
-    decode_kernel[grid](
-        x,
-        x.stride(0),
-        ids,
-        scales,
-        out,
-        tokens,
-        experts,
-        projection.columns,
-        projection.depth,
-        projection.weights,
-        K=top_k,
-        TP=power_of_two(tokens),
-        KP=power_of_two(top_k),
-        BY_EXPERT=by_expert,
-        BY_TOKEN=by_token,
-        M=projection.meaning,
-        S=shape,
-        BM=plan.bm,
-        TAIL=plan.tail,
-        num_warps=plan.warps,
-        num_stages=plan.stages,
-        **dependent(x),
-    )
+
+    def launch() -> Launch:
+        shape = projection.shape(plan)
+        by_expert = pairs >= experts
+        grid = (triton.cdiv(projection.columns, shape.bn), experts if by_expert else pairs)
+        constants = {
+            "K": top_k,
+            "TP": power_of_two(tokens),
+            "KP": power_of_two(top_k),
+            "BY_EXPERT": by_expert,
+            "BY_TOKEN": by_token,
+            "M": projection.meaning,
+            "S": shape,
+            "BM": plan.bm,
+            "TAIL": plan.tail,
+        }
+        return Launch(decode_kernel, grid, {**constants, **plan.options, **dependent(x)})
+
+    n, d = projection.columns, projection.depth
+    start(launch, x, x.stride(0), ids, scales, out, tokens, experts, n, d, projection.weights)
     return out

@@ -13,10 +13,11 @@ from torch import Tensor
 from triton.runtime import driver
 
 from .combine import combine_pairs, combine_sorted, combine_twin
-from .config import H200, PATHS, Device, choose_path, select
+from .config import H200, PATHS, Device, Plan, choose_path, select
 from .decode import decode_projection
 from .gemv import gemv_down, gemv_up
 from .grouped import gather_projection, projection_twin, sorted_projection
+from .launch import Start, once
 from .sort import sort_pairs
 from .tile import Projection
 from .tma import AVAILABLE, CAPABILITY
@@ -40,10 +41,15 @@ def run(
         path: one of ``config.PATHS`` to force it; default by the number of tokens.
         device: what to plan for.
     """
+    plan = plan_of(ids, experts, up, down, path, device)
+    return follow_plan(plan, x, weights, ids, experts, up, down, weight_on_input, out_dtype)
+
+
+def plan_of(
+    ids: Tensor, experts: int, up: Projection, down: Projection, path: str | None = None, device: Device = H200
+) -> Plan:
+    """How ``run`` computes the layer: depends on shapes, strides and the alignment of stacked weights alone."""
     tokens, top_k = ids.shape
-    dtype = out_dtype or x.dtype
-    if tokens == 0:
-        return x.new_empty(0, down.columns, dtype=dtype)
     dense = _dense(up) and _dense(down)
     if path is None:
         path = choose_path(tokens, top_k, experts, dense=dense)
@@ -51,24 +57,43 @@ def run(
         raise ValueError(f"path {path!r} is not one of {', '.join(PATHS)}")
     elif path == "gemv" and not dense:
         raise ValueError("path 'gemv' needs weights with stride one along their input dimension")
+    tma = (up.describable, down.describable)
+    return select(path, tokens, top_k, experts, up.depth, up.columns, up.w.first.element_size(), device, tma)
+
+
+def follow_plan(
+    plan: Plan,
+    x: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    experts: int,
+    up: Projection,
+    down: Projection,
+    weight_on_input: bool,
+    out_dtype: torch.dtype | None,
+    start: Start = once,
+) -> Tensor:
+    """``run`` by a plan; which kernels are started in which order depends on the plan and on shapes alone."""
+    top_k = ids.shape[1]
+    dtype = out_dtype or x.dtype
+    if x.shape[0] == 0:
+        return x.new_empty(0, down.columns, dtype=dtype)
     weights, ids = weights.contiguous(), ids.contiguous()
     if x.stride(1) != 1:
         x = x.contiguous()
     on_input = weights if weight_on_input else None
     on_output = None if weight_on_input else weights
-    if path == "gemv":
-        h = gemv_up(x, ids, experts, up, on_input)
-        return gemv_down(h, ids, on_output, experts, down, dtype)
-    tma = (up.describable, down.describable)
-    plan = select(path, tokens, top_k, experts, up.depth, up.columns, x.element_size(), device, tma)
-    if path == "decode":
-        h = decode_projection(x, ids, experts, up, plan.up, True, on_input)
-        y = decode_projection(h, ids, experts, down, plan.down, False)
-        return combine_pairs(y, ids, on_output, experts, dtype)
-    pairs = sort_pairs(ids, experts, plan.up.bm, plan.up.rest)
-    h = gather_projection(x, pairs, top_k, up, plan.up, on_input)
-    y = sorted_projection(h, pairs, down, plan.down)
-    return combine_sorted(y, pairs.inverse, pairs.offsets, on_output, top_k, dtype)
+    if plan.path == "gemv":
+        h = gemv_up(x, ids, experts, up, on_input, start)
+        return gemv_down(h, ids, on_output, experts, down, dtype, start)
+    if plan.path == "decode":
+        h = decode_projection(x, ids, experts, up, plan.up, True, on_input, start)
+        y = decode_projection(h, ids, experts, down, plan.down, False, None, start)
+        return combine_pairs(y, ids, on_output, experts, dtype, start)
+    pairs = sort_pairs(ids, experts, plan.up.bm, plan.up.rest, start)
+    h = gather_projection(x, pairs, top_k, up, plan.up, on_input, start)
+    y = sorted_projection(h, pairs, down, plan.down, start)
+    return combine_sorted(y, pairs.inverse, pairs.offsets, on_output, top_k, dtype, start)
 
 
 @lru_cache(maxsize=64)

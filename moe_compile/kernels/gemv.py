@@ -19,7 +19,7 @@ from .activation import activate
 from .combine import combine_twin
 from .config import gemv_down_steps, gemv_up_steps
 from .grouped import projection_twin
-from .launch import dependent, follow
+from .launch import Launch, Start, dependent, follow, once
 from .operand import expert_base
 from .tile import Projection
 
@@ -172,31 +172,28 @@ def gemv_down_kernel(
     tl.store(out + tl.program_id(1).to(tl.int64) * N + n, y.to(out.dtype.element_ty), mask=n < N)
 
 
-def gemv_up(x: Tensor, ids: Tensor, experts: int, projection: Projection, scales: Tensor | None = None) -> Tensor:
+def gemv_up(
+    x: Tensor,
+    ids: Tensor,
+    experts: int,
+    projection: Projection,
+    scales: Tensor | None = None,
+    start: Start = once,
+) -> Tensor:
     """Tokens ``x [T, D]`` -> ``[P, N]`` in the order of the pairs; twin: ``grouped.projection_twin``."""
     pairs, top_k = ids.numel(), ids.shape[1]
     out = x.new_empty(pairs, projection.columns)
     if pairs == 0:
         return out
-    bn, bk = gemv_up_steps(projection.depth, projection.epilogue.gated)
-    gemv_up_kernel[(triton.cdiv(projection.columns, bn), pairs)](
-        x,
-        x.stride(0),
-        ids,
-        scales,
-        out,
-        experts,
-        projection.columns,
-        projection.depth,
-        projection.weights,
-        K=top_k,
-        M=projection.meaning,
-        BN=bn,
-        BK=bk,
-        EVEN_D=projection.depth % bk == 0,
-        num_warps=4,
-        **dependent(x),
-    )
+    n, d = projection.columns, projection.depth
+
+    def launch() -> Launch:
+        bn, bk = gemv_up_steps(d, projection.epilogue.gated)
+        constants = {"K": top_k, "M": projection.meaning, "BN": bn, "BK": bk, "EVEN_D": d % bk == 0}
+        grid = (triton.cdiv(n, bn), pairs)
+        return Launch(gemv_up_kernel, grid, {**constants, "num_warps": 4, **dependent(x)})
+
+    start(launch, x, x.stride(0), ids, scales, out, experts, n, d, projection.weights)
     return out
 
 
@@ -207,31 +204,22 @@ def gemv_down(
     experts: int,
     projection: Projection,
     out_dtype: torch.dtype,
+    start: Start = once,
 ) -> Tensor:
     """Pairs ``rows [P, D]`` -> ``[T, N]``: down projection and weighted sum in one launch."""
     tokens, top_k = ids.shape
     out = rows.new_empty(tokens, projection.columns, dtype=out_dtype)
     if tokens == 0:
         return out
-    g, bn, bk = gemv_down_steps(projection.depth, top_k)
-    gemv_down_kernel[(triton.cdiv(projection.columns, bn), tokens)](
-        rows,
-        ids,
-        weights,
-        out,
-        experts,
-        projection.columns,
-        projection.depth,
-        projection.weights,
-        K=top_k,
-        M=projection.meaning,
-        G=g,
-        BN=bn,
-        BK=bk,
-        EVEN_D=projection.depth % bk == 0,
-        num_warps=4,
-        **dependent(rows),
-    )
+    n, d = projection.columns, projection.depth
+
+    def launch() -> Launch:
+        g, bn, bk = gemv_down_steps(d, top_k)
+        constants = {"K": top_k, "M": projection.meaning, "G": g, "BN": bn, "BK": bk, "EVEN_D": d % bk == 0}
+        grid = (triton.cdiv(n, bn), tokens)
+        return Launch(gemv_down_kernel, grid, {**constants, "num_warps": 4, **dependent(rows)})
+
+    start(launch, rows, ids, weights, out, experts, n, d, projection.weights)
     return out
 
 

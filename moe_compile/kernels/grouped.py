@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .activation import activate_twin
 from .config import Tiles
-from .launch import dependent, follow
+from .launch import PLAIN, Launch, Start, dependent, follow, once
 from .sort import Sorted, tile_table
 from .tile import Projection, expert_tile
 from .tma import describe, describe_rows, described_tile, shared_tile, tile_rows
@@ -160,50 +160,48 @@ def _launch(
     projection: Projection,
     plan: Tiles,
     zero_rest: bool,
+    start: Start,
 ) -> Tensor:
     out = x.new_empty(pairs, projection.columns)  # [P, N]
     if pairs == 0:
         return out
-    shape = projection.shape(plan)
-    # zeroing the rest can need one row tile more than the table holds
-    programs = (capacity + zero_rest) * -(-projection.columns // shape.bn)
-    weight, up = describe(projection, shape) if plan.tma else (None, None)
+
+    def launch() -> Launch:
+        shape = projection.shape(plan)
+        # zeroing the rest can need one row tile more than the table holds
+        programs = (capacity + zero_rest) * -(-projection.columns // shape.bn)
+        constants = {
+            "K": top_k,
+            "M": projection.meaning,
+            "S": shape,
+            "BM": plan.bm,
+            "TAIL": plan.tail,
+            "GROUP": plan.group,
+            "REST": plan.rest,
+            "PROGRAMS": plan.programs,
+            "ZERO_REST": zero_rest,
+        }
+        options = {**plan.options, **(dependent(x) if plan.chained else PLAIN)}
+        return Launch(grouped_kernel, (min(programs, plan.programs or programs),), {**constants, **options})
+
+    weight, up = describe(projection, plan) if plan.tma else (None, None)
     rows = describe_rows(x, plan.bm, plan.bk) if plan.rows_tma else None
-    grouped_kernel[(min(programs, plan.programs or programs),)](
-        x,
-        x.stride(0),
-        rows,
-        order,
-        scales,
-        offsets,
-        tiles,
-        out,
-        pairs,
-        offsets.shape[0] - 1,
-        capacity,
-        projection.columns,
-        projection.depth,
-        weight,
-        up,
+    experts, n, d = offsets.shape[0] - 1, projection.columns, projection.depth
+    start(
+        launch, x, x.stride(0), rows, order, scales, offsets, tiles, out, pairs, experts, capacity, n, d, weight, up,
         projection.weights,
-        K=top_k,
-        M=projection.meaning,
-        S=shape,
-        BM=plan.bm,
-        TAIL=plan.tail,
-        GROUP=plan.group,
-        REST=plan.rest,
-        PROGRAMS=plan.programs,
-        ZERO_REST=zero_rest,
-        num_warps=plan.warps,
-        num_stages=plan.stages,
-        **dependent(x),
-    )
+    )  # fmt: skip
     return out
 
 
 def gather_projection(
-    x: Tensor, pairs: Sorted, top_k: int, projection: Projection, plan: Tiles, scales: Tensor | None = None
+    x: Tensor,
+    pairs: Sorted,
+    top_k: int,
+    projection: Projection,
+    plan: Tiles,
+    scales: Tensor | None = None,
+    start: Start = once,
 ) -> Tensor:
     """GEMM 1: tokens ``x [T, D]`` -> ``[P, N]`` in sorted order; rows past the valid ones stay unwritten.
 
@@ -212,15 +210,17 @@ def gather_projection(
     """
     n = pairs.order.shape[0]
     return _launch(
-        x, pairs.order, scales, pairs.offsets, pairs.tiles, pairs.capacity, n, top_k, projection, plan, False
+        x, pairs.order, scales, pairs.offsets, pairs.tiles, pairs.capacity, n, top_k, projection, plan, False, start
     )
 
 
-def sorted_projection(rows: Tensor, pairs: Sorted, projection: Projection, plan: Tiles) -> Tensor:
+def sorted_projection(
+    rows: Tensor, pairs: Sorted, projection: Projection, plan: Tiles, start: Start = once
+) -> Tensor:
     """GEMM 2: ``rows [P, D]`` in sorted order -> ``[P, N]``; rows past the valid ones stay unwritten."""
     n = rows.shape[0]
     return _launch(
-        rows, None, None, pairs.offsets, pairs.tiles, pairs.capacity, n, 1, projection, plan, False
+        rows, None, None, pairs.offsets, pairs.tiles, pairs.capacity, n, 1, projection, plan, False, start
     )
 
 
@@ -229,7 +229,7 @@ def grouped_linear(rows: Tensor, offsets: Tensor, projection: Projection, plan: 
     # the rows may start anywhere, and late programs write the zeros
     plan = replace(plan, rows_tma=False, programs=0)
     tiles, capacity = tile_table(offsets, rows.shape[0], plan.bm, plan.rest)
-    return _launch(rows, None, None, offsets, tiles, capacity, rows.shape[0], 1, projection, plan, True)
+    return _launch(rows, None, None, offsets, tiles, capacity, rows.shape[0], 1, projection, plan, True, once)
 
 
 def projection_twin(rows: Tensor, expert: Tensor, projection: Projection, scales: Tensor | None) -> Tensor:

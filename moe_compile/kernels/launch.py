@@ -1,16 +1,22 @@
-"""Programmatic dependent launch: the next kernel comes up while the last one ends (CUDA programming guide, 7.x).
+"""How kernels are launched: as dependents of the one before, and the second time without Triton's binding.
+
+Programmatic dependent launch: the next kernel comes up while the last one ends (CUDA programming guide, 7.x).
 
 Every kernel of this package calls ``follow`` before it touches anything that an earlier kernel wrote, or writes
 anything. All programs wait, those without work too: then "the kernel before me has ended" means that all kernels
 before it have. What lies before the wait may read only what the kernel before last had finished: that one had
 ended before this one could be launched, because every kernel waits before it lets the next one come up.
+
+Binding: Triton looks at every argument of every launch to find the kernel that it has compiled, which takes longer
+than a small layer. ``Kernels`` keeps what it found for all calls that are alike.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -40,3 +46,65 @@ def dependent(tensor: Tensor) -> dict[str, Any]:
 def _of_device(index: int) -> dict[str, Any]:
     ours = torch.version.hip is None and torch.cuda.get_device_capability(index)[0] >= CAPABILITY
     return DEPENDENT if ours else PLAIN
+
+
+class Launch(NamedTuple):
+    """A kernel with its grid, its compile-time arguments and its options (``num_warps`` and the like)."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    constants: dict[str, Any]
+
+
+Start = Callable[..., None]  # ``start(make, *args)`` launches ``make()`` with run-time arguments ``args``
+
+
+def once(make: Callable[[], Launch], *args: Any) -> None:
+    """Launch, as Triton does it."""
+    launch = make()
+    launch.kernel[launch.grid](*args, **launch.constants)
+
+
+class Kernels:
+    """The compiled kernels of calls that are alike, in the order of their launches.
+
+    Alike: equal in everything that a launch or the compiler depends on, but for the addresses and contents of tensors.
+    That is the shapes, strides, dtypes and device of all tensors, and whether each starts on 16 bytes.
+    """
+
+    __slots__ = ("ready",)
+
+    def __init__(self) -> None:
+        self.ready: tuple[tuple[Any, tuple[Any, ...]], ...] = ()
+
+    def call(self) -> Call:
+        """What starts the kernels of one call."""
+        return Call(self)
+
+
+class Call:
+    """A ``Start`` for one call: the first of its like launches through Triton and keeps the kernels it finds."""
+
+    __slots__ = ("_found", "_kernels", "_ready")
+
+    def __init__(self, kernels: Kernels) -> None:
+        self._kernels = kernels
+        self._ready = iter(kernels.ready) if kernels.ready else None
+        self._found: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __call__(self, make: Callable[[], Launch], *args: Any) -> None:
+        """``make`` is asked in the first call only."""
+        if self._ready is not None:
+            run, rest = next(self._ready)
+            run(*args, *rest)
+            return
+        kernel, grid, constants = make()
+        compiled = kernel[grid](*args, **constants)
+        if compiled is not None:  # the interpreter compiles nothing
+            names = kernel.arg_names[len(args) :]
+            self._found.append((compiled[(*grid, 1, 1)[:3]], tuple(constants[name] for name in names)))
+
+    def end(self) -> None:
+        """All kernels of the call were launched: later calls may use what this one found."""
+        if self._ready is None:
+            self._kernels.ready = tuple(self._found)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..spec import Router
 from .config import power_of_two
-from .launch import dependent, follow
+from .launch import Launch, Start, dependent, follow, once
 
 ROWS = 4  # tokens of one program, a warp each
 LOWEST = tl.constexpr(-(2**31))
@@ -81,7 +81,9 @@ def route_kernel(
     tl.store(ids + o, chosen.to(tl.int64), mask=ok)
 
 
-def route(logits: Tensor, top_k: int, router: Router, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def route(
+    logits: Tensor, top_k: int, router: Router, dtype: torch.dtype, start: Start = once
+) -> tuple[Tensor, Tensor]:
     """``logits [T, E]`` -> weights ``[T, K]`` in ``dtype`` and int64 ids ``[T, K]``; twin: ``Router.reference``."""
     tokens, experts = logits.shape
     weights = logits.new_empty(tokens, top_k, dtype=dtype)
@@ -90,23 +92,19 @@ def route(logits: Tensor, top_k: int, router: Router, dtype: torch.dtype) -> tup
         return weights, ids
     if logits.stride(1) != 1:
         logits = logits.contiguous()
-    rows = ROWS if tokens >= ROWS else 1
-    route_kernel[(triton.cdiv(tokens, rows),)](
-        logits,
-        logits.stride(0),
-        weights,
-        ids,
-        tokens,
-        experts,
-        router.eps,
-        router.scale,
-        K=top_k,
-        KP=power_of_two(top_k),
-        EP=max(32, power_of_two(experts)),
-        ROWS=rows,
-        SOFTMAX=router.score == "softmax",
-        RENORMALISE=router.renormalise,
-        num_warps=rows,
-        **dependent(logits),
-    )
+
+    def launch() -> Launch:
+        rows = ROWS if tokens >= ROWS else 1
+        constants = {
+            "K": top_k,
+            "KP": power_of_two(top_k),
+            "EP": max(32, power_of_two(experts)),
+            "ROWS": rows,
+            "SOFTMAX": router.score == "softmax",
+            "RENORMALISE": router.renormalise,
+        }
+        grid = (triton.cdiv(tokens, rows),)
+        return Launch(route_kernel, grid, {**constants, "num_warps": rows, **dependent(logits)})
+
+    start(launch, logits, logits.stride(0), weights, ids, tokens, experts, router.eps, router.scale)
     return weights, ids

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import power_of_two
-from .launch import dependent, follow
+from .launch import Launch, Start, dependent, follow, once
 
 BLOCK = 128  # pairs whose ranks are found at once: BLOCK * BLOCK comparisons in registers
 MAX_CHUNKS = 128  # every program reads the counts of all chunks
@@ -154,7 +154,7 @@ def tile_capacity(pairs: int, experts: int, bm: int) -> int:
     return pairs // bm + min(experts, pairs)
 
 
-def sort_pairs(ids: Tensor, experts: int, bm: int = 0, rest: int = 0) -> Sorted:
+def sort_pairs(ids: Tensor, experts: int, bm: int = 0, rest: int = 0, start: Start = once) -> Sorted:
     """Sort ``ids [T, K]`` (contiguous); ``bm`` > 0 also writes the table of row tiles of that height.
 
     Args:
@@ -174,28 +174,17 @@ def sort_pairs(ids: Tensor, experts: int, bm: int = 0, rest: int = 0) -> Sorted:
     counts = tiles  # a single chunk counts for itself
     if chunks > 1:
         counts = ids.new_empty(chunks * ep, dtype=torch.int32)
-        count_kernel[(chunks,)](ids, counts, pairs, experts, CHUNK=chunk, BLOCK=BLOCK, EP=ep, **dependent(ids))
-    place_kernel[(chunks,)](
-        ids,
-        counts,
-        order,
-        inverse,
-        offsets,
-        tiles,
-        pairs,
-        experts,
-        chunks,
-        capacity,
-        CHUNK=chunk,
-        BLOCK=BLOCK,
-        EP=ep,
-        ROWS=max(1, 4096 // ep),
-        BM=bm,
-        REST=rest,
-        SINGLE=chunks == 1,
-        num_warps=8,
-        **dependent(ids),
-    )
+        counting = {"CHUNK": chunk, "BLOCK": BLOCK, "EP": ep}
+        start(
+            lambda: Launch(count_kernel, (chunks,), {**counting, **dependent(ids)}), ids, counts, pairs, experts
+        )
+
+    def place() -> Launch:
+        table = {"ROWS": max(1, 4096 // ep), "BM": bm, "REST": rest, "SINGLE": chunks == 1}
+        constants = {"CHUNK": chunk, "BLOCK": BLOCK, "EP": ep, **table}
+        return Launch(place_kernel, (chunks,), {**constants, "num_warps": 8, **dependent(ids)})
+
+    start(place, ids, counts, order, inverse, offsets, tiles, pairs, experts, chunks, capacity)
     return Sorted(order, inverse, offsets, tiles, capacity)
 
 

@@ -71,7 +71,7 @@ class Projection:
         up: the up weight of a ``separate`` layout.
     """
 
-    __slots__ = ("b", "b_up", "columns", "depth", "epilogue", "meaning", "up", "w", "weights")
+    __slots__ = ("b", "b_up", "columns", "depth", "epilogue", "up", "w", "weights")
 
     def __init__(
         self,
@@ -87,15 +87,28 @@ class Projection:
         self.depth: int = w.first.shape[-1]
         roles = (w, up, b, b_up)
         self.weights = Weights(*(ABSENT if role is None else role.address() for role in roles))
-        element = [None if role is None else role.element() for role in roles]
-        up_aligned = up is not None and up.aligned
-        self.meaning = Meaning(
-            *epilogue.function, epilogue.layout, element[0], w.aligned, element[1], up_aligned, *element[2:]
+
+    @property
+    def meaning(self) -> Meaning:
+        """The compile-time meaning."""
+        epilogue, (w_aligned, up_aligned) = self.epilogue, self.aligned
+        element = [None if role is None else role.element() for role in (self.w, self.up, self.b, self.b_up)]
+        return Meaning(
+            *epilogue.function, epilogue.layout, element[0], w_aligned, element[1], up_aligned, *element[2:]
         )
 
+    @property
+    def aligned(self) -> tuple[bool, bool]:
+        """Whether separate gate and up weights all start on full vectors, which the compiler is told."""
+        return self.w.aligned, self.up is not None and self.up.aligned
+
+    def columns_of(self, tiles: Tiles) -> int:
+        """Output columns of one tile: ``wn`` counts gate and up rows together."""
+        return tiles.wn // 2 if self.epilogue.gated else tiles.wn
+
     def shape(self, tiles: Tiles) -> Shape:
-        """The compile-time shape under ``tiles``, whose ``wn`` counts gate and up rows together."""
-        bn = tiles.wn // 2 if self.epilogue.gated else tiles.wn
+        """The compile-time shape under ``tiles``."""
+        bn = self.columns_of(tiles)
         return Shape(
             bn,
             tiles.bk,

@@ -18,8 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .config import Tiles
 from .operand import Operand
-from .tile import Projection, Shape, dot, finish_tile
+from .tile import Projection, dot, finish_tile
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -30,17 +31,18 @@ AVAILABLE = TensorDescriptor is not None
 CAPABILITY = 9  # the first major version of devices that have it
 
 
-def describe(projection: Projection, shape: Shape) -> tuple[Any, Any]:
+def describe(projection: Projection, plan: Tiles) -> tuple[Any, Any]:
     """Descriptors of the weight and of a separate up weight (else None); wants ``Projection.describable``."""
     layout = projection.epilogue.layout
+    bn = projection.columns_of(plan)
     if layout == "concat":
         w = projection.w.first  # [E, 2*N, D], seen as [E*2, N, D]
         sizes, out = [2 * w.shape[0], projection.columns, w.shape[2]], w.stride(1)
-        block = [1 if shape.swap else 2, shape.bn, shape.bk]
+        block = [1 if plan.swap else 2, bn, plan.bk]
         return TensorDescriptor(w, sizes, [projection.columns * out, out, 1], block), None
-    rows = 2 * shape.bn if layout == "interleaved" else shape.bn
-    first = _describe(projection.w, [1, rows, shape.bk])
-    return first, None if projection.up is None else _describe(projection.up, [1, rows, shape.bk])
+    rows = 2 * bn if layout == "interleaved" else bn
+    first = _describe(projection.w, [1, rows, plan.bk])
+    return first, None if projection.up is None else _describe(projection.up, [1, rows, plan.bk])
 
 
 def _describe(role: Operand, block: list[int]) -> Any:

@@ -1,8 +1,9 @@
 """CUDA implementations of the ops: validate, find the pointer tables, let ``kernels`` do the rest.
 
 Nothing here reads from the device, so every op can be captured in a CUDA graph and costs no synchronisation.
-Triton is imported at the first call. A call checks what is cheap to check: E separate tensors are compared
-with each other when their pointer table is built, not at every call. Shape legend: see ``spec.py``.
+Triton is imported at the first call. A call of ``experts`` that is like an earlier one in shapes, strides, dtypes,
+devices and alignment was checked and planned by that one; E separate tensors are compared with each other when
+their pointer table is built. Shape legend: see ``spec.py``.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from .validate import check_combine, check_experts, check_grouped_linear, check_
 
 if TYPE_CHECKING:
     from ..kernels.activation import Epilogue
+    from ..kernels.config import Plan
+    from ..kernels.launch import Kernels
     from ..kernels.operand import Operand
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -49,10 +52,51 @@ def experts(
     path: str | None = None,
 ) -> Tensor:
     """``moe_compile::experts``; ``path`` (not in the schema) forces one of ``kernels.config.PATHS``."""
-    run, projection = _kernel("experts", "run"), _kernel("tile", "Projection")
-    x = hidden_states
-    count = num_experts(w1) if w1 and w2 else 0
+    follow, projection = _kernel("experts", "follow_plan"), _kernel("tile", "Projection")
+    x, args = hidden_states, tuple(activation_args)
+    tensors = (_traits(x), _traits(topk_weights), _traits(topk_ids))
+    roles = (_role(w1), _role(w3), _role(w2), _role(b1), _role(b3), _role(b2))
+    kind = _kind(tensors, roles, activation, args, gated, interleaved, weight_on_input, out_dtype, path)
     layout = "separate" if w3 else ("interleaved" if interleaved else "concat") if gated else "single"
+    if not kind.checked:
+        kind.experts = _check(x, topk_weights, topk_ids, w1, w3, w2, b1, b3, b2, gated, interleaved, layout)
+        kind.checked = True
+    count = kind.experts
+    hidden, inter = x.shape[1], w2[0].shape[-1]
+    with _on(x):
+        gate = _operand("w1", w1, 2, x)
+        value = _operand("w3", w3, 2, x)
+        up = projection(
+            gate, inter, _epilogue(activation, args, layout), value, _operand("b1", b1, 1, x), _operand("b3", b3, 1, x)
+        )
+        down = projection(_operand("w2", w2, 2, x), hidden, b=_operand("b2", b2, 1, x))
+        if kind.plan is None:
+            device = _kernel("experts", "device_of")(x.get_device())
+            kind.plan = _kernel("experts", "plan_of")(topk_ids, count, up, down, path, device)
+        call = kind.kernels(up.aligned, down.aligned).call()
+        out: Tensor = follow(
+            kind.plan, x, topk_weights, topk_ids, count, up, down, weight_on_input, out_dtype, call
+        )
+        call.end()
+        return out
+
+
+def _check(
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    w1: Sequence[Tensor],
+    w3: Sequence[Tensor],
+    w2: Sequence[Tensor],
+    b1: Sequence[Tensor],
+    b3: Sequence[Tensor],
+    b2: Sequence[Tensor],
+    gated: bool,
+    interleaved: bool,
+    layout: str,
+) -> int:
+    """The number of experts; raises where the first tensor of every role shows that something does not fit."""
+    count = num_experts(w1) if w1 and w2 else 0
     sound = (
         count > 0
         and x.dim() == 2
@@ -71,20 +115,9 @@ def experts(
         matrices = ((w1, (rows, hidden)), (w3, (inter, hidden)), (w2, (hidden, inter)))
         sound = _fit(count, x.dtype, (*matrices, (b1, (rows,)), (b3, (inter,)), (b2, (hidden,))))
     if not sound:
-        check_experts(hidden_states, topk_weights, topk_ids, w1, w3, w2, b1, b3, b2, gated, interleaved)
+        check_experts(x, topk_weights, topk_ids, w1, w3, w2, b1, b3, b2, gated, interleaved)
     _check_device(x, topk_ids=topk_ids, topk_weights=topk_weights)
-    with _on(x):
-        up = projection(
-            _operand("w1", w1, 2, x),
-            inter,
-            _epilogue(activation, tuple(activation_args), layout),
-            _operand("w3", w3, 2, x),
-            _operand("b1", b1, 1, x),
-            _operand("b3", b3, 1, x),
-        )
-        down = projection(_operand("w2", w2, 2, x), hidden, b=_operand("b2", b2, 1, x))
-        device = _kernel("experts", "device_of")(x.get_device())
-        return run(x, topk_weights, topk_ids, count, up, down, weight_on_input, out_dtype, path, device)
+    return count
 
 
 def sort_pairs(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
@@ -145,10 +178,16 @@ def route(
 ) -> tuple[Tensor, Tensor]:
     """``moe_compile::route``."""
     kernel: Callable[..., tuple[Tensor, Tensor]] = _kernel("route", "route")
-    check_route(logits, top_k)
-    _check_device(logits)
+    kind = _kind(_traits(logits), top_k, score, renormalise, eps, scale, dtype)
+    if not kind.checked:
+        check_route(logits, top_k)
+        _check_device(logits)
+        kind.checked = True
+    call = kind.kernels().call()
     with _on(logits):
-        return kernel(logits, top_k, Router(score, renormalise, eps, scale), dtype)
+        out = kernel(logits, top_k, Router(score, renormalise, eps, scale), dtype, call)
+    call.end()
+    return out
 
 
 library.impl("experts", experts, "CUDA")
@@ -156,6 +195,45 @@ library.impl("sort_pairs", sort_pairs, "CUDA")
 library.impl("grouped_linear", grouped_linear, "CUDA")
 library.impl("combine", combine, "CUDA")
 library.impl("route", route, "CUDA")
+
+
+class _Kind:
+    """Calls alike in all that is checked and planned, and whether one of them was checked."""
+
+    __slots__ = ("_kernels", "checked", "experts", "plan")
+
+    def __init__(self) -> None:
+        self.checked = False
+        self.experts = 0
+        self.plan: Plan | None = None
+        self._kernels: dict[tuple[tuple[bool, bool], ...], Kernels] = {}
+
+    def kernels(self, *aligned: tuple[bool, bool]) -> Kernels:
+        """Those compiled for the alignment of the addresses in the pointer tables."""
+        found = self._kernels.get(aligned)
+        if found is None:
+            found = self._kernels[aligned] = _kernel("launch", "Kernels")()
+        return found
+
+
+@lru_cache(maxsize=4096)
+def _kind(*key: Any) -> _Kind:
+    """The kind of a call; the key has everything that checks, plans and the compiler look at."""
+    return _Kind()
+
+
+def _traits(t: Tensor) -> tuple[Any, ...]:
+    return t.dtype, t.shape, t.stride(), t.data_ptr() % 16, t.get_device()
+
+
+def _role(parts: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Of separate weights the first, without its address: the kernels read a table, which lies on 16 bytes."""
+    if not parts:
+        return ()
+    first = parts[0]
+    if len(parts) == 1:
+        return _traits(first)
+    return len(parts), first.dtype, first.shape, first.stride(), first.get_device()
 
 
 def _fit(count: int, dtype: torch.dtype, roles: Roles) -> bool:

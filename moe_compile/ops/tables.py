@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..torch_compat import raw_stream
+
 CAPACITY = 4096  # about 1 kB of device memory each for 128 experts; a large model needs a few hundred
 VECTOR_BYTES = 16
 
@@ -32,7 +34,7 @@ class Table:
     tensor: Tensor  # int64 [E]
     aligned: bool
     ready: Any
-    streams: set[Any] = field(default_factory=set)
+    streams: dict[int, Any] = field(default_factory=dict)  # by handle
 
 
 _tables: OrderedDict[tuple[Any, ...], Table] = OrderedDict()
@@ -64,17 +66,18 @@ def pointer_table(parts: Sequence[Tensor], role: str) -> tuple[Tensor, bool]:
         _held[key] = table
         return table.tensor, table.aligned
     _tables.move_to_end(key)
-    stream = torch.cuda.current_stream(first.device)
-    if stream not in table.streams:
+    handle = raw_stream(first.get_device())
+    if handle not in table.streams:
+        stream = torch.cuda.current_stream(first.device)
         stream.wait_event(table.ready)
-        table.streams.add(stream)
+        table.streams[handle] = stream
     return table.tensor, table.aligned
 
 
 def _evict() -> None:
     """Drop the table used least recently; its memory waits for the streams that may still read it."""
     _, table = _tables.popitem(last=False)
-    for stream in table.streams:
+    for stream in table.streams.values():
         table.tensor.record_stream(stream)
 
 

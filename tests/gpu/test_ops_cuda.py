@@ -5,6 +5,7 @@ Before every case freed memory is filled with NaN, so that a row that nobody wro
 
 from __future__ import annotations
 
+import copy
 import sys
 from dataclasses import replace
 from itertools import pairwise
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from triton.runtime.jit import JITFunction
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
@@ -91,9 +93,7 @@ def check(case: Layer, path: str | None = None) -> torch.Tensor:
         (4, 3, 2, 1, 1),
     ],
 )
-def test_paths(
-    path: str, dtype: torch.dtype, T: int, E: int, K: int, H: int, I: int, taken: list[str]
-) -> None:
+def test_paths(path: str, dtype: torch.dtype, T: int, E: int, K: int, H: int, I: int, taken: list[str]) -> None:
     case = layer(T, E, K, H, I, dtype=dtype, routing="sentinels")
     first = check(case, path)
     assert set(taken) == {path}
@@ -174,9 +174,7 @@ def test_storage(path: str, layout: str, transposed: bool, T: int) -> None:
 @pytest.mark.parametrize("layout", ["concat", "interleaved", "separate", "single"])
 @pytest.mark.parametrize(("H", "I"), [(320, 176), (256, 384), (72, 40)])
 @pytest.mark.parametrize("T", [200, 1200, 3000])  # graded heights; short last tiles; many tiles
-def test_descriptors(
-    dtype: torch.dtype, layout: str, H: int, I: int, T: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_descriptors(dtype: torch.dtype, layout: str, H: int, I: int, T: int, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     original = grouped.describe
 
@@ -280,6 +278,91 @@ def test_tables_follow_the_weights() -> None:
         check(case)
     torch.cuda.synchronize()
     check(case)
+
+
+class Bindings:
+    """How often Triton bound the arguments of a launch."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count, original = 0, JITFunction.run
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self.count += 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(JITFunction, "run", run)
+
+
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("T", [1, 16, 600, 5000])
+def test_like_calls_bind_once(T: int, separate: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    bindings = Bindings(monkeypatch)
+    first = layer(T, 8, 2, 256, 128, dtype=torch.bfloat16, separate=separate, routing="sentinels")
+    check(first)
+    bindings.count = 0
+    for seed in (1, 2):
+        again = layer(T, 8, 2, 256, 128, dtype=torch.bfloat16, separate=separate, seed=seed)
+        out = torch.ops.moe_compile.experts(*again.op_args())
+        assert bindings.count == 0
+        cuda._kind.cache_clear()
+        assert torch.equal(out, torch.ops.moe_compile.experts(*again.op_args()))
+        assert bindings.count > 0
+        bindings.count = 0
+
+
+def test_like_routers_bind_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    bindings, counts = Bindings(monkeypatch), []
+    cuda._kind.cache_clear()
+    wide = torch.randn(50, 24, device="cuda")
+    for logits in (
+        wide[:, :16].clone(),
+        torch.randn(50, 16, device="cuda"),
+        wide[:, :16],
+        wide[:, 1:17],
+        wide[:3, :16],
+    ):
+        for scale in (1.0, 2.5):
+            bindings.count = 0
+            weights, ids = torch.ops.moe_compile.route(logits, 4, "softmax", True, 0.0, scale, torch.float32)
+            counts.append(bindings.count)
+            top = logits.softmax(-1).topk(4)
+            assert torch.equal(ids, top.indices)
+            assert torch.allclose(weights, scale * top.values / top.values.sum(-1, keepdim=True))
+    assert counts == [1, 1, 0, 0, 1, 1, 1, 1, 1, 1]
+
+
+def shifted(t: torch.Tensor) -> torch.Tensor:
+    """A copy that starts one element after a full vector."""
+    buffer = torch.empty(t.numel() + 1, dtype=t.dtype, device=t.device)
+    return buffer[1:].view(t.shape).copy_(t)
+
+
+@pytest.mark.parametrize("T", [1, 16, 600, 5000])
+def test_unlike_calls_bind_anew(T: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that was compiled for aligned rows must not get others: it would read another address, or fault."""
+    bindings = Bindings(monkeypatch)
+    for separate in (False, True):
+        case = layer(T, 8, 2, 256, 128, dtype=torch.bfloat16, separate=separate)
+        expected = torch.ops.moe_compile.experts(*case.op_args())
+        changes: list[dict[str, Any]] = [
+            {"x": shifted(case.x)},
+            {"ids": shifted(case.ids)},
+            {"ids": case.ids.int()},
+            {"weights": shifted(case.weights)},
+            {"w1": [shifted(w) for w in case.w1]},
+            {"w2": [shifted(w) for w in case.w2]},
+        ]
+        if T > 1:
+            changes.append({"x": torch.cat([case.x, case.x], 1)[:, :256]})
+        for change in changes:
+            other = copy.copy(case)
+            for name, value in change.items():
+                setattr(other, name, value)
+            bindings.count = 0
+            out = torch.ops.moe_compile.experts(*other.op_args())
+            assert bindings.count > 0, change.keys()
+            assert relative_error(out, case.truth()) < 1e-2
+            assert torch.allclose(out.float(), expected.float(), rtol=2e-2, atol=2e-2)
 
 
 def test_no_synchronisation() -> None:
