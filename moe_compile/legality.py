@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from .canonical import placeholder_value, shape_of, tensor_inputs, value
+from .loops import marks
 from .match.engine import Engine
 from .match.facts import Filled, Leaf, Picked, Sum, Val, refuse
 from .match.layer import Found
@@ -19,11 +20,15 @@ _COMPARISONS = ("ge", "le", "gt", "lt", "eq", "ne", "and_", "mul", "add", "sub",
 
 @dataclass(frozen=True)
 class Region:
-    """The canonical nodes that a layer replaces; ``buffer`` and ``aliases`` hold the result after the layer too."""
+    """The canonical nodes that a layer replaces; ``buffer`` and ``aliases`` hold the result after the layer too.
+
+    ``kept`` lie between border and output, but something else needs them: they run as before.
+    """
 
     nodes: frozenset[fx.Node]
     buffer: fx.Node
     aliases: tuple[fx.Node, ...]
+    kept: frozenset[fx.Node]
 
 
 def region_of(engine: Engine, found: Found) -> Region:
@@ -42,7 +47,39 @@ def region_of(engine: Engine, found: Found) -> Region:
     _no_gradients(engine, found)
     base = engine.base(found.output)
     aliases = (n for n in (base, *engine.views(base)) if n in nodes and n is not found.output and _whole(n, base))
-    return Region(frozenset(nodes), base, tuple(aliases))
+    kept = _needed_elsewhere(engine, found, nodes)
+    return Region(frozenset(nodes - kept), base, tuple(aliases), frozenset(kept))
+
+
+def _needed_elsewhere(engine: Engine, found: Found, nodes: set[fx.Node]) -> set[fx.Node]:
+    """What a border value or anything outside reads, back through every write that it sees.
+
+    A write has no users in Dynamo's graph, so it would go with the layer, and what reads the buffer would stay.
+    """
+    end, result = engine.position[found.output], engine.base(found.output)
+    writers: dict[fx.Node, list[fx.Node]] = {}
+    for node in nodes:
+        for base in map(engine.base, mutated(node)):
+            writers.setdefault(base, []).append(node)
+
+    def outside(node: fx.Node, user: fx.Node) -> bool:
+        replaced = node is found.output or (written(node) is result and engine.position[user] > end)
+        return user not in nodes and not replaced and not is_size_check(user) and user.target is not marks.mark
+
+    kept: set[fx.Node] = set()
+    todo = [node for node in nodes if any(outside(node, user) for user in node.users)]
+    while todo:
+        node = todo.pop()
+        if node in kept or node not in nodes:
+            continue
+        kept.add(node)
+        for read in node.all_input_nodes:
+            writes_seen = writers.get(engine.base(read), ())
+            todo += [read, *(w for w in writes_seen if engine.position[w] < engine.position[node])]
+    for node in kept:
+        if any(engine.base(buffer) is result for buffer in mutated(node)):
+            raise refuse("MC203", f"{node.name}, a step of the layer's sum, is also needed elsewhere", node)
+    return kept
 
 
 def between(engine: Engine, output: fx.Node, border: set[fx.Node]) -> set[fx.Node]:
@@ -73,7 +110,7 @@ def _nothing_used_outside(engine: Engine, found: Found, nodes: set[fx.Node]) -> 
     base = engine.base(found.output)
     borders = {engine.base(leaf.node) for leaf in found.leaves} - {base}
     for node in nodes:
-        if engine.base(node) in borders and not writes(node.target):
+        if engine.base(node) in borders:
             continue  # a view of a border value is no inner value
         for user in node.users:
             if user in nodes or is_size_check(user):
@@ -81,7 +118,7 @@ def _nothing_used_outside(engine: Engine, found: Found, nodes: set[fx.Node]) -> 
             inner = engine.first_facts.get(node)
             if node is found.output:
                 continue
-            if engine.base(node) is base and written(node) is base and engine.position[user] > end:
+            if written(node) is base and engine.position[user] > end:
                 continue
             if isinstance(inner, Val) and not inner.slots:
                 continue
@@ -89,23 +126,24 @@ def _nothing_used_outside(engine: Engine, found: Found, nodes: set[fx.Node]) -> 
                 raise refuse("MC203", f"{node.name}, inside the layer, is also used by {user.name}", user)
             if mutated(node):
                 raise refuse("MC204", f"{node.name} is written in place and used outside the layer", user)
-    _buffers_are_not_seen(engine, nodes, found.output)
+    _buffers_are_not_seen(engine, nodes, found.output, borders)
 
 
-def _buffers_are_not_seen(engine: Engine, nodes: set[fx.Node], output: fx.Node) -> None:
-    """What is written inside belongs to the layer: no view from outside sees it, for the writes go away.
+def _buffers_are_not_seen(engine: Engine, nodes: set[fx.Node], output: fx.Node, borders: set[fx.Node]) -> None:
+    """What is written inside belongs to the layer: nothing from outside sees it, for the writes go away.
 
     The result's own buffer may be read after the layer, as a whole: it is replaced there.
     """
     first: dict[fx.Node, int] = {}
     for node in nodes:
-        if writes(node.target):
-            base = engine.base(node)
+        for base in map(engine.base, mutated(node)):
             first[base] = min(engine.position[node], first.get(base, engine.position[node]))
     end = engine.position[output]
     for base, start in first.items():
         if base.op != "call_function":
             raise refuse("MC204", f"{base.name}, an input of the graph, is written inside the layer", output)
+        if base in borders:
+            raise refuse("MC204", f"{base.name}, which the layer reads, is written inside it", output)
         views = [base, *engine.views(base)]
         result = base is engine.base(output)
         for view in views:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +12,14 @@ from torch import fx
 
 from . import ops as ops  # the calls made here need the ops to be registered
 from .canonical import Canonical, shape_of, value
+from .layout import is_row_major, order_of_result
 from .legality import Region, is_size_check
 from .loops import marks
 from .match.expert import Handle
 from .match.facts import Leaf, refuse, same
 from .match.layer import Found
 from .match.nodes import writes
+from .ops.schema import BELOW_AUTOGRAD
 from .routers import Chain
 from .spec import Weight
 
@@ -30,14 +33,17 @@ class Plan:
     leaves: dict[Leaf, fx.Node]
     dead: list[fx.Node]
     aliases: dict[fx.Node, Any]  # nodes that hold the result after the layer -> their shape
+    order: tuple[int, ...]  # of the result in memory, see ``layout``
 
 
 def plan(copy: Canonical, found: Found, region: Region) -> Plan:
     """Find the original nodes of the border, the output and the inside of a layer.
 
     Raises:
-        NoMatch: MC212 when a border value or the output exists only inside a composite operation.
+        NoMatch: MC212 when a border value or the output exists only inside a composite operation, MC407 when the
+            result lies in memory as nothing of ours can.
     """
+    order_in_memory = order_of_result(found.output, region.aliases)
     output = _output(copy, found.output)
     leaves = {leaf: _origin(copy, leaf.node) for leaf in found.leaves}
     order = {n: i for i, n in enumerate(output.graph.nodes)}
@@ -48,14 +54,20 @@ def plan(copy: Canonical, found: Found, region: Region) -> Plan:
     for alias in region.aliases:
         aliases |= dict.fromkeys(copy.origins.get(alias, []), shape_of(alias))
         shape_is_restorable(found, shape_of(alias))
-    border = set(leaves.values())
-    inside = {
-        o
-        for n in region.nodes
-        for o in (*copy.origins.get(n, []), *([copy.first_origin[n]] if n in copy.first_origin else []))
-    } - border
+    kept = {*leaves.values(), *_origins(copy, region.kept)}
+    inside = _origins(copy, region.nodes) - kept
     dead = [n for n in output.graph.nodes if n in inside and n.op not in ("placeholder", "get_attr")]
-    return Plan(found, output, leaves, dead, aliases)
+    return Plan(found, output, leaves, dead, aliases, order_in_memory)
+
+
+def _origins(copy: Canonical, nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """All nodes of Dynamo's graph that some canonical ones were made for."""
+    found: set[fx.Node] = set()
+    for node in nodes:
+        found.update(copy.origins.get(node, ()))
+        if node in copy.first_origin:
+            found.add(copy.first_origin[node])
+    return found
 
 
 def _origin(copy: Canonical, node: fx.Node) -> fx.Node:
@@ -69,9 +81,12 @@ def _origin(copy: Canonical, node: fx.Node) -> fx.Node:
 
 
 def _output(copy: Canonical, node: fx.Node) -> fx.Node:
-    """The original node after which the layer's result exists; ``out[m] = y`` is one without a value of its own."""
+    """The original node after which the layer's result exists.
+
+    ``out[m] = y`` is one without a value of its own: ``out.contiguous()`` has that value too, but later.
+    """
     first = copy.first_origin.get(node)
-    if not copy.origins.get(node) and writes(node.target) and first is not None and first.target is operator.setitem:
+    if writes(node.target) and first is not None and first.target is operator.setitem:
         return first
     return _origin(copy, node)
 
@@ -86,6 +101,9 @@ def lower(p: Plan) -> fx.Node:
         result = _call(cursor, p)
         if found.base is not None:
             result = cursor.call(torch.add, (p.leaves[found.base], result))
+        if not is_row_major(p.order):
+            rows = cursor.call(torch.Tensor.contiguous, (cursor.call(torch.permute, (result, p.order)),))
+            result = cursor.call(torch.permute, (rows, tuple(p.order.index(d) for d in range(len(p.order)))))
     new = cursor.made
     for alias, shape in p.aliases.items():
         later = [user for user in alias.users if user not in new and before[user] > end]
@@ -257,6 +275,13 @@ def fuse_router(chain: Chain) -> None:
         if node.op == "call_function" and not node.users and not node._erased:
             todo += node.all_input_nodes
             graph.erase_node(node)
+
+
+def leave_autograd(graph: fx.Graph) -> None:
+    """Call the inner form of our ops: in Inductor's graph nothing asks for gradients any more."""
+    for op, inner in BELOW_AUTOGRAD.items():
+        for node in graph.find_nodes(op="call_function", target=op):
+            node.target = inner
 
 
 def has_marks(gm: fx.GraphModule) -> bool:

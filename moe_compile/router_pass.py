@@ -1,4 +1,5 @@
-"""The second pass of the backend, on Inductor's graph of ATen operations: common routers become one launch.
+"""The second pass of the backend, on Inductor's graph of ATen operations: common routers become one launch, and our
+ops their forms below autograd.
 
 There decompositions have made one program of the many ways to write a softmax, nothing writes in place any more, and
 the routers of Hugging Face models, whose experts are found while Dynamo traces, look like those of naive layers.
@@ -20,7 +21,7 @@ DEVICES = ("cuda",)  # on a CPU Inductor's own code for a router is as fast
 
 
 class RouterPass(CustomGraphPass):  # type: ignore[misc]
-    """An Inductor graph pass that fuses the proved routers of ``moe_compile::experts`` calls."""
+    """An Inductor graph pass that fuses the proved routers of ``moe_compile::experts`` calls and leaves autograd."""
 
     def __call__(self, graph: fx.Graph) -> None:
         for node in graph.find_nodes(op="call_function", target=torch.ops.moe_compile.experts.default):
@@ -28,6 +29,7 @@ class RouterPass(CustomGraphPass):  # type: ignore[misc]
             if chain is not None:
                 lower.fuse_router(chain)
                 log.debug("router of %s: %s", node.name, chain.router)
+        lower.leave_autograd(graph)
 
     def uuid(self) -> str:
         """Identity of the pass for Inductor's caches."""

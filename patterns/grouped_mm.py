@@ -46,15 +46,13 @@ from moe_compile.spec import NoMatch
 from ._examples import Layer
 
 
-def _flat_ids(engine: Engine, node: Any) -> Leaf | None:
+def _flat_ids(engine: Engine, node: fx.Node) -> Leaf | None:
     """``ids.view(-1)``: all pairs in token-major order."""
-    if not isinstance(node, fx.Node) or rank(node) != 1:
-        return None
-    fact = engine.fact(node)
-    if fact is not None or not is_integer(node):
+    if rank(node) != 1 or engine.fact(node) is not None:
         return None
     source = engine.strip(node)
-    while source.target in (aten.view.default, aten.reshape.default, aten.flatten.using_ints):
+    flat = (aten.view.default, aten.reshape.default, aten.flatten.using_ints)
+    while source.target in flat and engine.unchanged(source):  # they may copy
         inner = source.args[0]
         assert isinstance(inner, fx.Node)
         source = engine.strip(inner)
@@ -77,7 +75,8 @@ def _sort(engine: Engine, node: fx.Node) -> Any:
     descending = node.kwargs.get("descending", False)
     if node.target in (aten.sort.default, aten.argsort.default) and len(node.args) > 2:
         descending = node.args[2]
-    if descending or not isinstance(source, fx.Node) or rank(source) != 1:
+    assert isinstance(source, fx.Node)
+    if descending or rank(source) != 1:
         return None
     fact = engine.fact(source)
     argsort = node.target in (aten.argsort.default, aten.argsort.stable)
@@ -117,7 +116,8 @@ def _take_ids(engine: Engine, node: fx.Node) -> Any:
     source, indices = node.args[0], node.args[1]
     if not isinstance(indices, (list, tuple)):
         indices = [node.args[2]]
-    if len(indices) != 1 or not isinstance(source, fx.Node):
+    assert isinstance(source, fx.Node)
+    if len(indices) != 1:
         return None
     order = engine.fact(indices[0])
     if not isinstance(order, Index) or order.what != "pair":
@@ -131,7 +131,7 @@ def _take_ids(engine: Engine, node: fx.Node) -> Any:
         return replace(order, what="token") if each_k else None
     if fact is None and is_integer(source):
         leaf = _flat_ids(engine, source)
-        if leaf is not None and leaf == order.rows.ids and order.rows.kind == "sorted":
+        if leaf == order.rows.ids and order.rows.kind == "sorted":
             return SortedIds(order.dims, order.rows)
     return None
 

@@ -10,6 +10,7 @@ import torch._dynamo
 from moe_compile.patterns.dense_loop import MaskedDense
 from moe_compile.patterns.index_add_loop import HitModules, WhereIndexAdd
 from support import relative
+from torch._inductor.utils import run_and_get_code
 
 import moe_compile
 from moe_compile import backend, report, rewriting
@@ -199,3 +200,13 @@ def test_reset_is_offered_to_torch():
     torch.compiler.reset()
     assert callable(backend.moe_compile.reset)
     assert moe_compile.__version__
+
+
+def test_inductor_runs_the_ops_below_autograd():
+    """One Python function less for every call: what says that there is no backward is of no use in there."""
+    layer, x = WhereIndexAdd().eval(), torch.randn(6, 32)
+    with torch.no_grad():
+        out, (code, *_) = run_and_get_code(torch.compile(layer, backend="moe_compile"), x)
+    assert "torch.ops.moe_compile.experts_inner.default(" in code
+    assert "torch.ops.moe_compile.experts.default(" not in code
+    assert relative(out, layer(x)) < 1e-5

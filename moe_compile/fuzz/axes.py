@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from .contexts import CONTEXTS
 from .forms import FORMS
 
 ROUTERS = (
@@ -21,7 +22,9 @@ class Case:
 
     ``weight`` is where the router weight goes: the expert's output, its input, or the output in float32 with a cast
     behind. ``mode`` dynamic compiles with ``dynamic=True``, recompile calls again with another number of tokens.
-    ``rank`` 3d flattens ``[B, S, H]`` inside the layer, 3d_kept does not.
+    ``rank`` 3d flattens ``[B, S, H]`` inside the layer, 3d_first turns it to ``[S, B, H]`` before, 3d_kept leaves it.
+    ``inputs`` projected: the experts, not the router, read a projection of the tokens; inside: each expert projects.
+    ``beside`` names what else stands in the layer.
     """
 
     form: str = "dense_masked"
@@ -42,6 +45,8 @@ class Case:
     mode: str = "eval"
     around: str = "nothing"
     rank: str = "2d"
+    inputs: str = "tokens"
+    beside: str = "nothing"
     style: int = 0
     mutation: str = "none"
     seed: int = 0
@@ -78,15 +83,21 @@ AXES: dict[str, dict[Any, float]] = {
     "dtype": {"float32": 4, "bfloat16": 2, "float16": 1},
     "experts": {4: 6, 2: 3, 3: 4, 1: 0.3, 5: 2, 7: 1, 8: 1, 16: 0.3},
     "top_k": {2: 4, 1: 2, 3: 2, 4: 1, 7: 1, 8: 1, 16: 1},
-    "tokens": {7: 4, 2: 2, 1: 2, 4: 1, 33: 2, 129: 1, 0: 0.3},
+    "tokens": {7: 4, 2: 2, 1: 2, 4: 1, 8: 0.5, 33: 2, 129: 1, 0: 0.3},
     "hidden": {16: 4, 8: 2, 7: 1, 13: 1, 24: 2, 32: 1},
     "inter": {8: 3, 16: 2, 7: 1, 13: 1, 24: 1, 40: 1},
     "routing": {"random": 4, "one": 1, "empty": 1, "ties": 1, "zero": 1},
     "mode": {"eval": 4, "train": 1, "dynamic": 2, "recompile": 1},
     "around": {"nothing": 4, "residual": 1, "shared": 1, "logits": 1, "two_layers": 1},
-    "rank": {"2d": 3, "3d": 2, "3d_kept": 1},
+    "rank": {"2d": 3, "3d": 2, "3d_kept": 1, "3d_first": 1},
+    "inputs": {"tokens": 6, "projected": 1, "projected_inside": 1},
+    "beside": {**dict.fromkeys(CONTEXTS, 0.4), "nothing": 6},
     "style": {0: 2, **dict.fromkeys(range(1, 24), 1.0)},
 }
+
+
+EQUAL = 0.15  # share of the cases where sizes tell no dimension from another
+EQUAL_SIZES = (7, 8)
 
 
 def _sizes(c: Case) -> bool:
@@ -145,9 +156,19 @@ def _rank(c: Case) -> bool:
     return c.rank != "3d_kept" or FORMS[c.form].any_rank
 
 
+def _inputs(c: Case) -> bool:
+    return c.inputs != "projected_inside" or (FORMS[c.form].loop and c.around != "shared")
+
+
+def _beside(c: Case) -> bool:
+    """A diagonal and a stride want tokens; a second layer reads what the first one's context makes of its sum."""
+    return c.beside == "nothing" or (c.tokens > 0 and c.around != "two_layers")
+
+
 # Each with the axes that are drawn again where it does not hold.
 CONSTRAINTS: tuple[tuple[Callable[[Case], bool], tuple[str, ...]], ...] = (
     (_rank, ("rank",)),
+    (_inputs, ("inputs",)),
     (_weight, ("weight", "router", "renormalise", "rank")),
     (_layout, ("layout", "transposed")),
     (_expert, ("expert", "layout", "activation")),
@@ -155,6 +176,7 @@ CONSTRAINTS: tuple[tuple[Callable[[Case], bool], tuple[str, ...]], ...] = (
     (_around, ("around", "dtype", "tokens", "routing")),
     (_router, ("router", "renormalise", "experts", "top_k", "rank", "routing", "around")),
     (_sizes, ("experts", "top_k", "tokens", "mode")),
+    (_beside, ("beside",)),
 )
 
 
@@ -174,7 +196,9 @@ def draw(seed: int, loops: bool = False, form: str | None = None) -> Case:
         picked = {axis: rng.choices(list(AXES[axis]), list(AXES[axis].values()))[0] for axis in wrong}
         case = replace(case, **picked)
         wrong = next((axes for holds, axes in CONSTRAINTS if not holds(case)), ())
-    return case
+    equal = rng.choice(EQUAL_SIZES)
+    square = replace(case, tokens=equal, hidden=equal, inter=equal, experts=equal)
+    return square if rng.random() < EQUAL and valid(square) else case
 
 
 def must_match(case: Case) -> bool:
@@ -185,6 +209,10 @@ def must_match(case: Case) -> bool:
         case.expert == "three",
         case.experts == 1,
         case.tokens == 0,
+        not CONTEXTS[case.beside].rewritten,
+        # a weight that the experts share is taken out of them only where each sees all tokens, not where it sees rows
+        case.inputs == "projected_inside" and not case.form.startswith(("dense_", "stack_")),
+        case.inputs == "projected_inside" and case.around == "two_layers",  # MC203: what is projected is used elsewhere
         case.weight == "input" and (case.bias or case.activation == "unknown"),  # zero rows need not map to zero
     )
     return not any(excused)

@@ -7,15 +7,25 @@ from collections.abc import Callable
 from .writer import Lines, Writer, indent
 
 _MASK = "mask = F.one_hot(ids, num_classes=self.num_experts).permute(2, 1, 0)"
-_HIT = "hit = torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero()"
 _ROWS = "token, slot = torch.where(ids == e)"
 _WEIGHT = "weights[token, slot, None]"
+
+
+def _hit(w: Writer) -> str:
+    """The list of the experts that any token chose."""
+    found = w.pick(
+        "hit", "torch.greater(mask.sum(dim=(-1, -2)), 0)",
+        "(ids.flatten().bincount(minlength=self.num_experts) > 0)",
+        "(torch.histc(ids.flatten().float(), self.num_experts, 0, self.num_experts - 1) > 0)",
+        "(F.one_hot(ids, self.num_experts).sum((0, 1)) > 0)",
+    )  # fmt: skip
+    return f"hit = {found}.nonzero()"
 
 
 def _expert_hit(w: Writer) -> Lines:
     """transformers 5: ``for e in hit`` over stacked weights."""
     return [
-        w.zeros(), _MASK, _HIT, "for index in hit:",
+        w.zeros(), _MASK, _hit(w), "for index in hit:",
         *indent([
             "e = index[0]", "slot, token = torch.where(mask[e])", f"y = {w.term('x[token]', _WEIGHT)}",
             "out.index_add_(0, token, y.to(x.dtype))",
@@ -26,7 +36,7 @@ def _expert_hit(w: Writer) -> Lines:
 def _expert_hit_modules(w: Writer) -> Lines:
     """transformers 4.5x: the loop variable, a tensor ``[1]``, indexes a ModuleList."""
     return [
-        w.zeros(), _MASK, _HIT, "for e in hit:",
+        w.zeros(), _MASK, _hit(w), "for e in hit:",
         *indent([
             "slot, token = torch.where(mask[e].squeeze(0))",
             f"y = {w.term('x[None, token].reshape(-1, x.shape[-1])', _WEIGHT)}",

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+from .mutation import Mutation
+from .mutation import m as _m
+from .slips import SLIPS
+from .writes import WRITES
 
-@dataclass(frozen=True)
-class Mutation:
-    """Replaces the first ``old`` that a program holds (all its occurrences) by the ``new`` of the same place.
-
-    ``refuse``: an expert draws random numbers, so a rewrite is wrong whatever it returns.
-    """
-
-    changes: tuple[tuple[str, str], ...]
-    refuse: bool = False
-
-
-def _m(*changes: tuple[str, str], refuse: bool = False) -> Mutation:
-    return Mutation(changes, refuse)
-
+if TYPE_CHECKING:
+    from .axes import Case
 
 _ROUTED = "weights, ids = self.router(x)\n"
 _LOOP = "for e in range(self.num_experts):"
@@ -190,6 +182,8 @@ MUTATIONS: dict[str, Mutation] = {
     # observers
     "an output is kept": _m(("return y\n", "self.kept = y\n        return y\n")),
     "the last output is used": _m(("return out\n", "return out + y.mean()\n")),
+    **WRITES,
+    **SLIPS,
 }
 
 
@@ -202,7 +196,18 @@ def mutated(source: str, name: str) -> str:
     """``source`` with one mutation, unchanged for "none" or where it does not apply."""
     if name == "none":
         return source
-    for old, new in MUTATIONS[name].changes:
+    mutation = MUTATIONS[name]
+    for old, new in mutation.changes:
         if old in source:
-            return source.replace(old, new)
+            source = source.replace(old, new)
+            for also, by in mutation.also:
+                source = source.replace(also, by)
+            return source
     return source
+
+
+def sizes(case: Case, name: str) -> dict[str, Any]:
+    """The axes that a mutation needs to have a meaning, for a case."""
+    axes = case.axes()
+    needed = {axis: axes.get(str(value), value) for axis, value in MUTATIONS[name].sizes}
+    return {**needed, "mode": "eval", "rank": "2d"} if "tokens" in needed else needed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import multiprocessing
+import random
 import sys
 import time
 from collections import Counter, defaultdict
@@ -15,11 +16,14 @@ from typing import Any
 import torch
 
 from ..torch_compat import LOGGERS
-from .axes import AXES, Case, draw
+from .axes import AXES, Case, draw, valid
+from .forms import FORMS
 from .judge import Verdict, judge
-from .mutations import applicable, mutated
+from .mutations import applicable, sizes
 from .source import source_of
+from .writes import WRITES
 
+SOME_WRITES = 0.4
 RECYCLE = 150  # cases per worker process: Dynamo keeps some memory of every program
 
 
@@ -29,8 +33,19 @@ def case_of(seed: int, negative: bool = False, loops: bool = False) -> Case:
     if not negative:
         return case
     source = source_of(case)
-    fitting = [name for name in applicable(source) if _compiles(mutated(source, name))]
-    return replace(case, mutation=fitting[seed % len(fitting)]) if fitting else case
+    rng = random.Random(seed)
+    fitting = applicable(source)
+    rng.shuffle(fitting)
+    fitting.sort(key=lambda name: name in WRITES and rng.random() > SOME_WRITES)  # there are as many as of all others
+    return next((c for name in fitting if (c := mutated_case(case, name)) is not None), case)
+
+
+def mutated_case(case: Case, name: str) -> Case | None:
+    """The case with a mutation and the sizes that it needs, or None where they do not go together."""
+    case = replace(case, mutation=name, **sizes(case, name))
+    slow = case.experts > 16 and FORMS[case.form].loop
+    plain, text = source_of(replace(case, mutation="none")), source_of(case)
+    return case if valid(case) and not slow and text != plain and _compiles(text) else None
 
 
 def _compiles(source: str) -> bool:

@@ -9,8 +9,8 @@ from .axes import AXES, Case, from_dict, valid
 from .judge import Verdict, judge
 
 _ORDER = (
-    "mutation", "around", "rank", "mode", "style", "routing", "renormalise", "router", "weight", "activation", "expert",
-    "transposed", "layout", "dtype", "tokens", "top_k", "experts", "inter", "hidden", "form",
+    "mutation", "beside", "around", "inputs", "rank", "mode", "style", "routing", "renormalise", "router", "weight",
+    "activation", "expert", "transposed", "layout", "dtype", "tokens", "top_k", "experts", "inter", "hidden", "form",
 )  # fmt: skip
 
 

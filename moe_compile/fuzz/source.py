@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .axes import Case
+from .contexts import CONTEXTS, with_op
 from .forms import FORMS
 from .mutations import mutated
 from .writer import Lines, Writer, indent
@@ -20,7 +21,10 @@ def source_of(case: Case) -> str:
     lines = list(_HEAD)
     for block in blocks:
         lines += ["", "", *block]
-    return mutated("\n".join(lines) + "\n", case.mutation)
+    text = "\n".join(lines) + "\n"
+    for old, new in with_op(text):
+        text = text.replace(old, new)
+    return mutated(text, case.mutation)
 
 
 def _module(name: str, doc: str, init: Lines, methods: dict[str, Lines]) -> Lines:
@@ -104,7 +108,12 @@ def _expert(w: Writer) -> Lines:
         init.append(f"self.w4 = nn.Linear({c.inter}, {c.inter}, {bias})")
     init.append(f"self.w2 = nn.Linear({c.inter}, {c.hidden}, {bias})")
     body = w.between(lambda x, role, last: f"self.w{role}({x})", "x")
+    if c.inputs == "projected_inside":
+        body.insert(0, _PROJECTED)
     return _module("Expert", "One expert.", init, {"forward(self, x)": [*body, "return y"]})
+
+
+_PROJECTED = "x = self.project(x)"
 
 
 def _stacks(c: Case) -> Lines:
@@ -133,26 +142,45 @@ def _layer(w: Writer) -> Lines:
     init += ["self.experts = nn.ModuleList(Expert() for _ in range(self.num_experts))"] if c.separate else _stacks(c)
     if c.around == "shared":
         init.append("self.shared = Expert()")
+    if c.inputs != "tokens":
+        init.append(f"self.project = nn.Linear({c.hidden}, {c.hidden}, bias=False)")
+        if c.separate and c.inputs == "projected_inside":
+            init += ["for expert in self.experts:", "    expert.project = self.project"]
+    beside = CONTEXTS[c.beside]
+    init += [line.format(experts=c.experts) for line in beside.init]
     arguments = "self, hidden_states, weights, ids" if c.router == "external" else "self, hidden_states"
     body = ["x = hidden_states"]
     if c.rank == "3d":
         body = [
             w.pick("flatten", "x = hidden_states.view(-1, hidden_states.shape[-1])", "x = hidden_states.flatten(0, 1)")
         ]
+    elif c.rank == "3d_first":
+        body = ["x = hidden_states.transpose(0, 1).reshape(-1, hidden_states.shape[-1])"]
+    body += beside.before
     if c.router != "external":
         body.append(f"weights, ids{', logits' if c.around == 'logits' else ''} = self.router(x)")
+    body += beside.between
+    if c.inputs == "projected":
+        body.append(_PROJECTED)
     body += form.body(w)
     if c.around == "shared":
         body.append(
             w.pick("shared", "out = out + self.shared(x)", "out = self.shared(x) + out", "out += self.shared(x)")
         )
+    body += beside.after
     if c.rank == "3d":
         body.append(w.pick("restore", "out = out.view(hidden_states.shape)", "out = out.reshape(*hidden_states.shape)"))
+    elif c.rank == "3d_first":
+        body += ["turned = hidden_states.transpose(0, 1).shape", "out = out.view(turned).transpose(0, 1)"]
     body.append("return out, logits" if c.around == "logits" else "return out")
     methods = {f"forward({arguments})": body}
     if not c.separate and form.loop:
         methods = {
-            "expert(self, e, x)": [*w.between(lambda x, role, last: _row(w, x, role), "x"), "return y"],
+            "expert(self, e, x)": [
+                *([_PROJECTED] if c.inputs == "projected_inside" else []),
+                *w.between(lambda x, role, last: _row(w, x, role), "x"),
+                "return y",
+            ],
             **methods,
         }
     return _module("MoE", "The routed layer.", init, methods)

@@ -64,7 +64,10 @@ def einsum_one_hot(w: Writer) -> Lines:
         text = f'torch.einsum("{left},e{"ba" if flip else "ab"}->{inner}", {x}, self.w{role})'
         return f"{text} + {bias}" if w.case.bias else text
 
-    combine = "(F.one_hot(ids, self.num_experts).to(weights.dtype) * weights.unsqueeze(-1)).sum(dim=1)"
+    combine = w.pick(
+        "gates", "(F.one_hot(ids, self.num_experts).to(weights.dtype) * weights.unsqueeze(-1)).sum(dim=1)",
+        "((torch.arange(self.num_experts, device=x.device) == ids[..., None]) * weights.unsqueeze(-1)).sum(dim=1)",
+    )  # fmt: skip
     dims = (1, "combine.unsqueeze(-1)") if inner == "tea" else (0, "combine.t().unsqueeze(-1)")
     summed = f"(y * {dims[1]}).sum(dim={dims[0]})"
     if w.case.weight != "fp32":

@@ -84,7 +84,12 @@ class Writer:
         return f"({product}).to(x.dtype)" if kind == "fp32" else product
 
     def loop(self) -> str:
-        return self.pick("loop", "for e in range(self.num_experts):", f"for e in range({self.case.experts}):")
+        numbered = "for e in range(self.num_experts):"
+        if self.case.separate:
+            other = "for e, _ in enumerate(self.experts):"
+        else:
+            other = "for e in list(range(self.num_experts)):"
+        return self.pick("loop", numbered, f"for e in range({self.case.experts}):", numbered, other)
 
     def zeros(self) -> str:
         return self.pick(

@@ -56,8 +56,6 @@ def term(engine: Engine, fact: Any) -> Sum | None:
 
 def _add(engine: Engine, node: fx.Node) -> Any:
     """``acc + term``, in any order; with something from outside the base is remembered."""
-    if node.target in (aten.add.Scalar, aten.add_.Scalar):
-        return None
     a, b = node.args[0], node.args[1]
     fa, fb = engine.fact(a), engine.fact(b)
     if isinstance(fa, Picked) or isinstance(fb, Picked):
@@ -82,7 +80,7 @@ def _add(engine: Engine, node: fx.Node) -> Any:
         if fact.number == 0 and len(fact.dims) == len(mine.dims):
             return mine
         raise refuse("MC210", f"the sum over experts starts from {fact.number}, not from zero", node)
-    if isinstance(other, (int, float)) and not isinstance(other, bool):
+    if isinstance(other, (int, float)):
         return mine if other == 0 else None
     if not isinstance(other, fx.Node) or mine.base is not None or not is_float(other):
         return None
@@ -160,7 +158,7 @@ def weighted_sum(
         a, a_labels, fa, b, b_labels, fb = b, b_labels, fb, a, a_labels, fa
     order = "".join(dict.fromkeys(a_labels + b_labels))
     gone = [c for c in order if c not in out_labels]
-    if isinstance(fa, Gate) and (isinstance(fb, Gate) or fb is None):
+    if isinstance(fa, Gate):
         return _gate_product(engine, node, fa, a_labels, b, b_labels, out_labels)
     if not isinstance(fa, Val):
         return None
@@ -209,17 +207,13 @@ def _gate_product(
     engine: Engine, node: fx.Node, gate: Gate, g_labels: str, other: fx.Node, o_labels: str, out_labels: str
 ) -> Gate | None:
     """``einsum("tk,tke->te", w, one_hot)``: the combine matrix."""
-    if engine.fact(other) is not None or gate.weight is not None:
+    if gate.weight is not None:
         return None
     labels = dict(zip(g_labels, gate.dims, strict=True))
     if any(c not in labels for c in o_labels):
         return None
-    positions = [g_labels.index(c) for c in o_labels]
-    if positions != sorted(positions):
-        return None
-    dims = tuple(labels[c] if c in o_labels else () for c in g_labels)
     weight = as_router_weight_at(engine, other, tuple(labels[c] for c in o_labels))
-    if weight is None or flat_names(dims) & {"e"}:
+    if weight is None:
         return None
     gone = {x.name for c in g_labels if c not in out_labels for x in labels[c]}
     if not gone <= {"k"}:

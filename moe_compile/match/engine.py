@@ -276,7 +276,7 @@ def _is_plain(val: Val) -> bool:
     """Whether a value stands once for every token, in their order, and nothing was weighted."""
     order = [a.name for d in val.dims for a in d]
     once = order == [*sorted(n for n in order if n.startswith("t")), "f"]
-    return bool(val.slots) and once and val.rows is None and val.gate is None and val.gate_in is None
+    return once and val.gate is None and val.gate_in is None
 
 
 def ids_of(fact: Any) -> Leaf | None:

@@ -31,10 +31,10 @@ def experts_of(engine: Engine, val: Val, node: fx.Node) -> Experts:
     if expr[0] != "lin":
         raise refuse("MC303", f"the expert does not end in a linear map but in {_name(expr)}", node)
     w2, middle = val.slots[expr[1]], expr[2]
+    if middle == ("x",):
+        raise refuse("MC301", "an expert is a single linear map", node)
     inner: list[Any] = []
     _inner_maps(middle, inner, node)
-    if not inner:
-        raise refuse("MC301", "an expert is a single linear map", node)
     if len(inner) > 2:
         raise refuse("MC301", f"an expert has {len(inner)} input projections", node)
     maps = [_map(val, m) for m in inner]

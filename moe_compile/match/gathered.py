@@ -13,21 +13,19 @@ from .facts import (
     Atom,
     Dim,
     Dims,
-    Gate,
     Index,
     Leaf,
     Range,
     SortedIds,
     Val,
     Wt,
-    flat_names,
     is_token,
     names,
     refuse,
     same,
     size_of,
 )
-from .nodes import argument, aten, is_float, is_integer, normal_dim
+from .nodes import argument, aten, is_float, normal_dim
 from .pairs import token_major
 from .routing import ids_dims, token_count
 from .values import lift, weight_leaf, x_rows
@@ -53,11 +51,7 @@ def by_ids(engine: Engine, node: fx.Node, source: fx.Node, dim: int, index: fx.N
     if isinstance(fact, SortedIds):
         found = gathered_weight(engine, node, source, fact.rows.ids, fact.dims) if dim == 0 else None
         return found
-    if not is_integer(index):
-        return None
     val = engine.fact(source)
-    if isinstance(val, Val) and dim == 1 and "e" in flat_names(val.dims):
-        return None
     if (val is not None and not isinstance(val, Wt)) or not engine.is_param(source) or dim != 0:
         return None
     found = ids_dims(engine, index)
@@ -84,20 +78,16 @@ def per_token_by_ids(engine: Engine, node: fx.Node, source: fx.Node, ids: fx.Nod
         return None
     if not same(size_of(val.dims[0]), token_count(engine, found[0])):
         return None
-    picked = all_by_ids(engine, node, source, ids, 1)
-    whole = picked is None or len(found[1]) > 1
-    return picked if whole else picked.with_dims((picked.dims[0], picked.dims[2]))
+    picked = all_by_ids(val, *found, 1)
+    if picked is None or len(found[1]) > 1:
+        return picked
+    return picked.with_dims((picked.dims[0], picked.dims[2]))
 
 
-def all_by_ids(engine: Engine, node: fx.Node, source: fx.Node, index: fx.Node, dim: int) -> Any:
+def all_by_ids(val: Val, leaf: Leaf, dims: Dims, dim: int) -> Val | None:
     """Outputs of all experts ``[t, e, f]`` gathered by the ids along ``e``: one output per pair ``[t, k, f]``."""
-    val = engine.fact(source)
-    if not isinstance(val, Val) or val.rows is not None or names((val.dims[dim],)) != (("e",),):
+    if val.gate is not None or names((val.dims[dim],)) != (("e",),):
         return None
-    found = ids_dims(engine, index)
-    if found is None:
-        return None
-    leaf, dims = found
     experts = val.dims[dim][0].size
     slot = tuple(d for d in dims if names((d,)) == (("k",),))
     label: Dim = slot[0] if slot else ()
@@ -105,8 +95,6 @@ def all_by_ids(engine: Engine, node: fx.Node, source: fx.Node, index: fx.Node, d
         replace(s, weight=replace(s.weight, source="ids", ids=leaf, expert=experts)) if s.weight.source == "axis" else s
         for s in val.slots
     )
-    if val.gate is not None:
-        return None
     return replace(val, dims=(*val.dims[:dim], label, *val.dims[dim + 1 :]), slots=slots, expert=experts)
 
 
@@ -117,10 +105,8 @@ def _gather(engine: Engine, node: fx.Node) -> Any:
         dim, index = index, dim
     assert isinstance(source, fx.Node) and isinstance(index, fx.Node)
     val, tokens = engine.fact(source), engine.fact(index)
-    if isinstance(tokens, Index) and dim == 0 and node.target is aten.gather.default:
+    if isinstance(tokens, Index) and dim == 0:
         return _gather_tokens(engine, source, tokens)
-    if isinstance(val, Gate) and val.weight is None:
-        return None
     if not isinstance(val, Val) or dim is None:
         if val is None and source.target in (aten.stack.default, aten.cat.default) and len(source.args[0]) > 1:  # type: ignore[arg-type]
             code = "MC401" if value(source).dtype.is_complex else "MC200"
@@ -128,9 +114,9 @@ def _gather(engine: Engine, node: fx.Node) -> Any:
         return None
     d = normal_dim(int(dim), len(val.dims))
     found = ids_dims(engine, index)
-    if found is None or names((val.dims[d],)) != (("e",),):
+    if found is None:
         return None
-    _, dims = found
+    leaf, dims = found
     # The index must be ids over (t, k) at the right places and a plain copy over the features.
     for i, (mine, theirs) in enumerate(zip(val.dims, dims, strict=True)):
         label = names((theirs,))[0]
@@ -141,15 +127,13 @@ def _gather(engine: Engine, node: fx.Node) -> Any:
                 return None
         elif names((mine,))[0] != label and (label != ("*",) or names((mine,)) != (("f",),)):
             return None
-        if names((mine,))[0] == ("f",) and label != ("*",) and node.target is not aten.take_along_dim.default:
-            return None
-    return all_by_ids(engine, node, source, index, d)
+    return all_by_ids(val, leaf, dims, d)
 
 
 def _gather_tokens(engine: Engine, source: fx.Node, index: Index) -> Any:
     """``gather(x, 0, tokens[:, None].expand(-1, H))``: whole rows of the tokens."""
     val = x_rows(engine, source)
-    if index.what != "token" or val is None or names(index.dims) != (("r",), ("*",)) or len(val.dims) != 2:
+    if index.what != "token" or val is None or names(index.dims) != (("r",), ("*",)):
         return None
     if not is_token(val.dims[0]) or not same(size_of(val.dims[0]), token_count(engine, index.rows.ids)):
         return None

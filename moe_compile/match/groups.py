@@ -33,7 +33,7 @@ from .facts import (
     same,
 )
 from .layer import chosen_from
-from .nodes import argument, aten, holds_ids, is_integer
+from .nodes import argument, aten, holds_ids
 from .routing import ids_dims
 from .scatter import _scatter_add
 from .stack import merge_weights
@@ -74,7 +74,8 @@ def _segment(engine: Engine, node: fx.Node) -> Any:
     if not isinstance(counts, Counts) or counts.ids != order.ids or counts.ends != running:
         raise refuse("MC207", "rows are cut by numbers that are not the row counts of these sorted ids", node)
     experts = counts.dims[0][0].size if counts.dims[0] else 1
-    if not isinstance(index, int) or not isinstance(experts, int) or not 0 <= index < experts:
+    assert isinstance(index, int)
+    if not isinstance(experts, int) or not 0 <= index < experts:
         raise refuse("MC208", f"group {index} of {experts} groups of rows", node)
     if names(fact.dims[:1]) != (("r",),) or "e" in flat_names(fact.dims):
         return None
@@ -94,7 +95,7 @@ def _join(engine: Engine, node: fx.Node) -> Any:
     parts, like = node.args
     assert isinstance(parts, (list, tuple))
     vals, source = [engine.fact(p) for p in parts], engine.fact(like)
-    if not all(isinstance(v, Val) and v.slots and v.rows is not None for v in vals) or not vals:
+    if not all(isinstance(v, Val) and v.slots and v.rows is not None for v in vals):
         return None
     order = getattr(source, "rows", None)
     if order is None or order.kind != "sorted":
@@ -196,8 +197,7 @@ def _any_pair(engine: Engine, node: fx.Node) -> Any:
 
 def _unique(engine: Engine, node: fx.Node) -> Any:
     source = node.args[0]
-    if not isinstance(source, fx.Node) or not is_integer(source):
-        return None
+    assert isinstance(source, fx.Node)
     found = ids_dims(engine, source)
     if found is None:
         return None
@@ -210,7 +210,7 @@ def _of_hits(engine: Engine, node: fx.Node) -> Any:
     assert isinstance(source, fx.Node)
     fact = engine.fact(source)
     if isinstance(fact, HitMask):
-        return fact if len(shape_of(node)) == 1 and same(shape_of(node)[0], shape_of(source)[0]) else None
+        return fact if len(shape_of(node)) == 1 else None
     return fact if isinstance(fact, Hits) and holds_ids(node) else None
 
 

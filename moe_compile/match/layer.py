@@ -325,11 +325,8 @@ def chosen_from(engine: Engine, node: fx.Node, whole_rows: bool = False) -> Any:
             return None
         node = inner
     if node.target is aten.slice.Tensor or node.target is aten.narrow.default:
-        inner = node.args[0]
+        inner = node.args[0]  # some of the rows or slots: still a choice each
         assert isinstance(inner, fx.Node)
-        dim = node.args[1] if len(node.args) > 1 else 0
-        if dim not in (-1, len(shape_of(inner)) - 1):
-            return None
         node = inner
     if engine.version(node):
         return None
@@ -348,6 +345,6 @@ def chosen_from(engine: Engine, node: fx.Node, whole_rows: bool = False) -> Any:
         dim = chosen.args[at] if len(chosen.args) > at else chosen.kwargs.get("dim", -1)
     assert isinstance(source, fx.Node)
     shape = shape_of(source)
-    if dim is None or dim not in (-1, len(shape) - 1):
+    if dim not in (-1, len(shape) - 1):
         return None
     return shape[-1]

@@ -81,7 +81,7 @@ def _eq(engine: Engine, node: fx.Node) -> Any:
     a, b = node.args[0], node.args[1]
     assert isinstance(a, fx.Node)
     if isinstance(b, int) and not isinstance(b, bool):
-        found = ids_dims(engine, a) if engine.fact(a) is None or isinstance(engine.fact(a), Ids) else None
+        found = ids_dims(engine, a)
         if found is None:
             return None
         leaf, dims = found
@@ -117,7 +117,7 @@ def _one_hot(engine: Engine, node: fx.Node) -> Any:
 
 def as_router_weight(engine: Engine, node: Any, gate: Gate, dims: Dims) -> RouterWeight | None:
     """A plain tensor that lines up with ``[t.., k]`` of ``dims`` (and nothing else) as the router weight."""
-    if not isinstance(node, fx.Node) or not is_float(node) or engine.fact(node) is not None:
+    if not is_float(node) or engine.fact(node) is not None:
         return None
     shape = shape_of(node)
     if len(shape) > len(dims):
@@ -153,19 +153,15 @@ def weigh(engine: Engine, node: fx.Node, gate: Gate, other: Any) -> Gate | None:
         return replace(gate, weight=replace(gate.weight, steps=(*gate.weight.steps, step)))
     if gate.weight is None and isinstance(other, fx.Node) and gate.summed and not flat_names(gate.dims) & {"e", "k"}:
         dense = dense_column(engine, other, gate, token_count(engine, gate.ids))
-        product = unify(gate.dims, tuple(() for _ in shape_of(other)))
         lined = all(same(s, 1) or is_token(d) for s, d in zip(shape_of(other)[::-1], gate.dims[::-1], strict=False))
         lined = lined and _token_major(gate.dims)
-        if dense is not None and product is not None and lined and len(shape_of(other)) <= len(gate.dims):
+        if dense is not None and lined and len(shape_of(other)) <= len(gate.dims):
             # A truth value counts a token once however often it names the expert; so does the sum if it never does.
-            return replace(gate, dims=product, weight=dense, boolean=False, distinct=gate.distinct)
+            return replace(gate, weight=dense, boolean=False)
     if gate.weight is not None or (gate.summed and "k" in _labels_of_ids(engine, gate)):
         return None
     weight = as_router_weight(engine, other, gate, gate.dims)
-    if weight is None:
-        return None
-    dims = unify(gate.dims, tuple(() for _ in shape_of(other)))
-    return None if dims is None else replace(gate, dims=dims, weight=weight, boolean=False)
+    return None if weight is None else replace(gate, weight=weight, boolean=False)
 
 
 def _labels_of_ids(engine: Engine, gate: Gate) -> set[str]:
@@ -181,18 +177,13 @@ def _mul(engine: Engine, node: fx.Node) -> Any:
             if weighted is not None:
                 return weighted
     for x, y in ((a, b), (b, a)):
-        val = engine.fact(x)
-        if isinstance(val, Val):
-            found = apply_gate(engine, node, val, y)
-            if found is not None:
-                return found
-        gate = engine.fact(x)
-        if isinstance(gate, Gate) and isinstance(y, fx.Node) and isinstance(engine.fact(y), (Sum, type(None))):
+        fact = engine.fact(x)
+        if isinstance(fact, Val):
+            return apply_gate(engine, node, fact, y)
+        if isinstance(fact, Gate) and isinstance(y, fx.Node) and isinstance(engine.fact(y), (Sum, type(None))):
             lifted = x_rows(engine, y)
             if lifted is not None and "f" in flat_names(lifted.dims):
-                found = apply_gate(engine, node, lifted, x)
-                if found is not None:
-                    return found
+                return apply_gate(engine, node, lifted, x)
     return None
 
 
@@ -200,9 +191,7 @@ def apply_gate(engine: Engine, node: fx.Node, val: Val, other: Any) -> Val | Non
     """``val * other`` where ``other`` is a gate, or the plain router weight of every pair."""
     gate = engine.fact(other)
     if not isinstance(gate, Gate):
-        if not isinstance(other, fx.Node) or gate is not None or not _is_pairs(val):
-            return None
-        ids = pair_ids(val)
+        ids = pair_ids(val) if val.rows is None else None
         if ids is None:
             return None
         dims = tuple(() if any(a.name == "f" for a in d) else d for d in val.dims)
@@ -218,10 +207,6 @@ def apply_gate(engine: Engine, node: fx.Node, val: Val, other: Any) -> Val | Non
     if gate.rows != val.rows and (gate.rows is not None or val.rows is not None):
         raise refuse("MC207", "the weights belong to other rows than the expert's output", node)
     return replace(val, dims=product, gate=replace(gate, dims=gate.dims))
-
-
-def _is_pairs(val: Val) -> bool:
-    return val.rows is None and pair_ids(val) is not None
 
 
 def pair_ids(val: Val) -> Leaf | None:
@@ -256,10 +241,7 @@ def _any(engine: Engine, node: fx.Node) -> Any:
     gate = engine.fact(node.args[0])
     if not isinstance(gate, Gate) or gate.weight is not None or gate.rows is not None:
         return None
-    dim = argument(node, 1, "dim")
-    if not isinstance(dim, int):
-        return None
-    dim = normal_dim(dim, len(gate.dims))
+    dim = normal_dim(argument(node, 1, "dim"), len(gate.dims))
     if names((gate.dims[dim],)) not in ((("k",),), ((),)):
         return None
     keep = bool(argument(node, 2, "keepdim", False))
@@ -284,12 +266,12 @@ def _scatter(engine: Engine, node: fx.Node) -> Any:
     filled = engine.fact(target)
     if not isinstance(filled, Filled) or filled.number not in (0.0, float("-inf")):
         return None
-    found = ids_dims(engine, index) if engine.fact(index) is None else None
+    found = ids_dims(engine, index)
     shape = shape_of(target)
     if found is None or normal_dim(int(dim), len(shape)) != len(shape) - 1:
         return None
     leaf, dims = found
-    if len(dims) != len(shape) or not isinstance(shape[-1], int) or shape[-1] < 2 or not _token_major(dims):
+    if not isinstance(shape[-1], int) or shape[-1] < 2 or not _token_major(dims):
         return None
     if names(dims[-1:]) not in ((("k",),), ((),)):
         return None  # scattered over tokens

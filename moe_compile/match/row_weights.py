@@ -26,7 +26,7 @@ def in_rows(gate: Gate, rows: Rows) -> Gate:
 def token_weight(engine: Engine, source: fx.Node, rows: Rows, row: Dim) -> Gate | None:
     """``w[:, k][tokens]``, ``w[mask, k]``: the weight of the one slot; ``probs[mask, e]``: that of the expert."""
     shape, tokens = shape_of(source), token_count(engine, rows.ids)
-    if not shape or not is_float(source) or any(not same(s, 1) for s in shape[1:]) or not same(shape[0], tokens):
+    if not is_float(source) or any(not same(s, 1) for s in shape[1:]) or not same(shape[0], tokens):
         return None
     dims = (row, *(() for _ in shape[1:]))
     weight = dense_column(engine, source, rows, tokens)
@@ -52,7 +52,7 @@ def pair_weight(engine: Engine, node: fx.Node, source: fx.Node, token: Index, sl
     shape = shape_of(source)
     ids = token.rows.ids
     tail = shape[2:]
-    if not is_float(source) or len(shape) < 2 or any(not same(s, 1) for s in tail):
+    if not is_float(source) or any(not same(s, 1) for s in tail):
         return None
     if not same(shape[1], top_k(engine, ids)) or not same(shape[0], token_count(engine, ids)):
         return None

@@ -16,13 +16,11 @@ from .facts import (
     Dim,
     Filled,
     Gate,
-    Ids,
     Index,
     Inverse,
     Picked,
     Range,
     Rows,
-    SortedIds,
     Sum,
     Val,
     Wt,
@@ -35,7 +33,7 @@ from .facts import (
     same,
 )
 from .gathered import by_ids, is_token_range, per_token_by_ids
-from .nodes import argument, aten, is_float, normal_dim, rank
+from .nodes import argument, aten, is_float, is_integer, normal_dim, rank
 from .pairs import names_pair, token_major
 from .routing import as_router_weight, token_count, top_k
 from .row_weights import flat_weight, in_rows, lines_up, pair_weight, token_weight
@@ -112,7 +110,7 @@ def names_slot(engine: Engine, index: Index) -> bool:
     return index.what == "slot" or (index.what == "zero" and same(top_k(engine, index.rows.ids), 1))
 
 
-def pick(fact: Any, dim: int, index: Index, node: fx.Node) -> Any:
+def pick(fact: Val | Gate, dim: int, index: Index) -> Val | Gate | None:
     """``fact`` gathered along its token dimension by the tokens of ``index``'s rows."""
     label = fact.dims[dim]
     if label and not is_token(label):
@@ -123,9 +121,7 @@ def pick(fact: Any, dim: int, index: Index, node: fx.Node) -> Any:
             return None
         gate, gate_in = (None if g is None else in_rows(g, index.rows) for g in (fact.gate, fact.gate_in))
         return replace(fact, dims=dims, rows=index.rows, gate=gate, gate_in=gate_in)
-    if isinstance(fact, Gate):
-        return None if fact.rows is not None else replace(in_rows(fact, index.rows), dims=dims, rows=index.rows)
-    return None
+    return None if fact.rows is not None else replace(in_rows(fact, index.rows), dims=dims, rows=index.rows)
 
 
 def _index(engine: Engine, node: fx.Node) -> Any:
@@ -139,13 +135,11 @@ def _index(engine: Engine, node: fx.Node) -> Any:
         fact = facts[0]
         if isinstance(fact, Index):
             return _by_rows(engine, node, source, dim, fact)
-        if isinstance(fact, Gate) and dim == 0:
+        if isinstance(fact, Gate) and dim == 0 and not is_integer(index):  # zeros and ones as row numbers, no mask
             return _by_mask(engine, node, source, fact)
         if isinstance(fact, Inverse) and dim == 0:
             return _unsort(engine, node, source, fact)
-        if fact is None or isinstance(fact, (Ids, SortedIds)):
-            return by_ids(engine, node, source, dim, index, fact)
-        return None
+        return by_ids(engine, node, source, dim, index, fact)
     if len(where) == 2 and [i for i, _ in where] == [0, 1]:
         a, b = facts
         if isinstance(a, Index) and isinstance(b, Index) and names_token(engine, a) and names_slot(engine, b):
@@ -161,7 +155,7 @@ def _index(engine: Engine, node: fx.Node) -> Any:
 
 def _by_rows(engine: Engine, node: fx.Node, source: fx.Node, dim: int, index: Index) -> Any:
     fact = engine.fact(source)
-    if not is_vector(index.dims):
+    if not is_vector(index.dims) or rank(source) == 0:
         return None
     if (
         isinstance(fact, (Sum, Filled))
@@ -178,11 +172,11 @@ def _by_rows(engine: Engine, node: fx.Node, source: fx.Node, dim: int, index: In
     if not names_token(engine, index) or not same(shape_of(source)[dim], token_count(engine, index.rows.ids)):
         return None
     if isinstance(fact, Gate):
-        return pick(fact, dim, index, node)
+        return pick(fact, dim, index)
     if dim == 0 and (picked := token_weight(engine, source, index.rows, index.dims[0])) is not None:
         return picked
     val = x_rows(engine, source)
-    return pick(val, dim, index, node) if val is not None else None
+    return pick(val, dim, index) if val is not None else None
 
 
 def _by_mask(engine: Engine, node: fx.Node, source: fx.Node, mask: Gate) -> Any:
@@ -202,7 +196,7 @@ def _by_mask(engine: Engine, node: fx.Node, source: fx.Node, mask: Gate) -> Any:
         return None if weight is None else gate
     if isinstance(fact, Gate) and names(fact.dims[:n]) == names(mask.dims) and fact.rows is None:
         return replace(in_rows(fact, rows), dims=(row, *fact.dims[n:]), rows=rows)
-    if n == 1 and not isinstance(fact, Gate) and (picked := token_weight(engine, source, rows, row)) is not None:
+    if n == 1 and (picked := token_weight(engine, source, rows, row)) is not None:
         return picked
     if not isinstance(fact, (Gate, Wt)):
         val = x_rows(engine, source)
@@ -237,9 +231,7 @@ def _index_select(engine: Engine, node: fx.Node) -> Any:
         return _by_rows(engine, node, source, normal_dim(dim, rank(source)), fact)
     if isinstance(fact, Inverse) and dim == 0:
         return _unsort(engine, node, source, fact)
-    if fact is None or isinstance(fact, (Ids, SortedIds)):
-        return by_ids(engine, node, source, normal_dim(dim, rank(source)), index, fact)
-    return None
+    return by_ids(engine, node, source, normal_dim(dim, rank(source)), index, fact)
 
 
 RULES: Rules = {

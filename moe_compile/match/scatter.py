@@ -33,7 +33,7 @@ from .facts import (
     token_dims,
 )
 from .gathered import is_token_range
-from .nodes import argument, aten, is_float, normal_dim, rank, writes
+from .nodes import argument, aten, is_float, is_integer, normal_dim, rank, writes
 from .pairs import assign, names_pair, pair_dim, token_and_slot_dims
 from .routing import ids_dims, token_count, top_k
 from .rows import names_slot, names_token, rows_of_mask
@@ -49,8 +49,8 @@ def _index_add(engine: Engine, node: fx.Node) -> Any:
 def _scatter_add(engine: Engine, node: fx.Node) -> Any:
     target, dim, index, src = node.args[0], node.args[1], node.args[2], node.args[3]
     where = engine.fact(index)
-    if not isinstance(where, Index) or names(where.dims) != (("r",), ("*",)):
-        return None  # not one token per row
+    if not isinstance(where, Index):
+        return None
     return _scatter_sum(engine, node, target, dim, index, src)
 
 
@@ -61,7 +61,7 @@ def _scatter_sum(engine: Engine, node: fx.Node, target: Any, dim: Any, index: An
         return None
     if not isinstance(where, Index) or not names_token(engine, where):
         raise refuse("MC207", "expert outputs are added at positions that are not the routed tokens", node)
-    if normal_dim(int(dim), rank(target)) != 0 or rank(target) != 2:
+    if normal_dim(int(dim), rank(target)) != 0:
         return None
     if where.rows != val.rows:
         raise refuse("MC207", "an expert's output is added to other rows than it was computed on", node)
@@ -100,6 +100,8 @@ def _index_put(engine: Engine, node: fx.Node) -> Any:
     index = engine.fact(where[0][1])
     if isinstance(index, Index) and not is_vector(index.dims):
         return None
+    if isinstance(index, Gate) and is_integer(where[0][1]):
+        return None  # zeros and ones as row numbers, no mask
     once = isinstance(value, Val) and not accumulate and writes(node.target)
     if isinstance(index, Index) and index.rows.kind == "hit" and index.what in ("pair", "slot") and once:
         if not names_pair(engine, index):
@@ -163,16 +165,16 @@ def _holds_only(into: Any, rows: Rows) -> bool:
 
 def _combine_matrix(engine: Engine, node: fx.Node, target: fx.Node, where: Any, src: Any) -> Any:
     """``zeros[T, E][arange(T)[:, None], ids] = w``."""
-    (i, first), (j, second) = where
+    (_, first), (_, second) = where
     filled = engine.fact(target)
     tokens = engine.fact(first)
-    if (i, j) != (0, 1) or not isinstance(tokens, Range) or not isinstance(filled, Filled):
+    if not isinstance(tokens, Range) or not isinstance(filled, Filled):
         return None
     if not is_token_range(engine, tokens, second):
         return None
     found = ids_dims(engine, second)
     shape = shape_of(target)
-    if found is None or filled.number != 0 or not isinstance(src, fx.Node) or engine.fact(src) is not None:
+    if found is None or filled.number != 0 or engine.fact(src) is not None:
         return None
     leaf, dims = found
     values = (*(1 for _ in range(2 - rank(src))), *shape_of(src))  # one token's weights may come as [K]

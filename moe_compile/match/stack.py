@@ -51,7 +51,7 @@ def stacked_values(node: fx.Node, vals: list[Val], at: int) -> Val:
     """E equal expressions with their own weights as one expression under an ``e`` dimension."""
     first = vals[0]
     for e, v in enumerate(vals):
-        if v.x != first.x or v.dims != first.dims or v.rows is not None or v.gate != first.gate or v.gate is not None:
+        if v.x != first.x or v.dims != first.dims or v.rows is not None or v.gate is not None:
             raise refuse("MC201", f"expert {e} works on other values than expert 0", node)
         if v.expr != first.expr or len(v.slots) != len(first.slots):
             raise refuse("MC201", f"expert {e} computes something else than expert 0", node)

@@ -153,7 +153,7 @@ def linear_map(val: Val, val_labels: str, weight: Wt, weight_labels: str, out_la
             dims.append(v[label])
         else:
             return None
-    if outputs != 1 or any(not a.name.startswith(("t", "k", "e", "r", "f", "*")) for d in dims for a in d):
+    if outputs != 1:
         return None
     if any(label not in out_labels and label != c for label in (*v, *w)):
         return None
@@ -179,15 +179,11 @@ def contract(
         found = weighted_sum(engine, node, b, b_labels, a, a_labels, out_labels)
         if found is not None:
             return found
-    if isinstance(fa, Gate) or isinstance(fb, Gate):
-        return None
     if _is_weight(engine, a, fa, fb) and not _is_weight(engine, b, fb, fa):
         a, a_labels, fa, b, b_labels, fb = b, b_labels, fb, a, a_labels, fa
     val = fa if isinstance(fa, Val) else lift(engine, a, x_leaf)
     weight = fb if isinstance(fb, Wt) else lift(engine, b, weight_leaf)
     if not isinstance(val, Val) or not isinstance(weight, Wt):
-        return None
-    if len(weight.dims) != len(b_labels) or len(val.dims) != len(a_labels):
         return None
     return linear_map(val, a_labels, weight, b_labels, out_labels, node)
 
@@ -205,8 +201,6 @@ def _linear(engine: Engine, node: fx.Node) -> Any:
     assert isinstance(x, fx.Node) and isinstance(w, fx.Node)
     labels = "abcdefgh"[: rank(x) - 1]
     fx_, fw = engine.fact(x), engine.fact(w)
-    if isinstance(fx_, Gate):
-        return None
     val = fx_ if isinstance(fx_, Val) else lift(engine, x, x_leaf)
     weight = fw if isinstance(fw, Wt) else lift(engine, w, weight_leaf)
     if not isinstance(val, Val) or not isinstance(weight, Wt) or len(weight.dims) != 2:
@@ -226,10 +220,7 @@ def add_bias(engine: Engine, val: Val, bias: fx.Node, node: fx.Node) -> Val | No
     if not isinstance(fact, Wt) or (fact.cut is not None and fact.cut[0] != "w0"):
         return None
     labels = tuple(tuple(Atom("f", a.size) if a.name == "w0" else a for a in d) for d in fact.dims)
-    if "w1" in flat_names(fact.dims) or "f" not in flat_names(labels):
-        return None
-    dims = unify(val.dims, labels)
-    if dims is None or dims != val.dims or val.expr[0] != "lin":
+    if "f" not in flat_names(labels) or unify(val.dims, labels) != val.dims or val.expr[0] != "lin":
         return None
     if val.gate is not None:
         raise refuse("MC302", "a bias is added after the router weight was applied", node)
@@ -246,7 +237,7 @@ def _matmul(engine: Engine, node: fx.Node) -> Any:
     a, b = node.args[0], node.args[1]
     assert isinstance(a, fx.Node) and isinstance(b, fx.Node)
     ra, rb = rank(a), rank(b)
-    if ra < 1 or rb < 1 or ra > 4 or rb > 4:
+    if ra > 4 or rb > 4:
         return None
     batch = max(ra, rb) - 2
     names = "abcd"[: max(batch, 0)]

@@ -52,10 +52,9 @@ def _first(engine: Engine, node: fx.Node) -> Any:
 
 def cast(engine: Engine, node: fx.Node) -> Fact | None:
     """A cast keeps the meaning when it goes to a float type of 16 bits or more, or between integers."""
-    fact, out, source = _first(engine, node), value(node), node.args[0]
-    if fact is None or not isinstance(out, torch.Tensor) or not isinstance(source, fx.Node):
-        return None
-    return as_dtype(fact, out.dtype, source)
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    return as_dtype(_first(engine, node), value(node).dtype, source)
 
 
 def as_dtype(fact: Any, dtype: torch.dtype, source: fx.Node) -> Any:
@@ -84,15 +83,10 @@ def as_dtype(fact: Any, dtype: torch.dtype, source: fx.Node) -> Any:
     return None
 
 
-def relabel(engine: Engine, node: fx.Node, dims: Dims | None) -> Fact | None:
-    """The fact of the first argument under new labels."""
-    fact = _first(engine, node)
-    return None if fact is None or dims is None else fact.with_dims(dims)
-
-
 def _view(engine: Engine, node: fx.Node) -> Fact | None:
     fact = _first(engine, node)
-    return None if fact is None else relabel(engine, node, regroup(fact.dims, shape_of(node)))
+    dims = regroup(fact.dims, shape_of(node)) if fact is not None else None
+    return fact.with_dims(dims) if dims is not None else None
 
 
 def _permute(engine: Engine, node: fx.Node) -> Fact | None:
@@ -100,7 +94,7 @@ def _permute(engine: Engine, node: fx.Node) -> Fact | None:
     if fact is None:
         return None
     order = argument(node, 1, "dims")
-    return relabel(engine, node, tuple(fact.dims[normal_dim(int(d), len(fact.dims))] for d in order))
+    return fact.with_dims(tuple(fact.dims[normal_dim(int(d), len(fact.dims))] for d in order))
 
 
 def _transpose(engine: Engine, node: fx.Node) -> Fact | None:
@@ -109,12 +103,12 @@ def _transpose(engine: Engine, node: fx.Node) -> Fact | None:
         return None
     n = len(fact.dims)
     if node.target in (aten.t.default, aten.numpy_T.default):
-        return relabel(engine, node, tuple(reversed(fact.dims)))
+        return fact.with_dims(tuple(reversed(fact.dims)))
     a, b = (-2, -1) if node.target is aten.mT.default else (int(node.args[1]), int(node.args[2]))  # type: ignore[arg-type]
     dims = list(fact.dims)
     a, b = normal_dim(a, n), normal_dim(b, n)
     dims[a], dims[b] = dims[b], dims[a]
-    return relabel(engine, node, tuple(dims))
+    return fact.with_dims(tuple(dims))
 
 
 def _unsqueeze(engine: Engine, node: fx.Node) -> Fact | None:
@@ -122,7 +116,7 @@ def _unsqueeze(engine: Engine, node: fx.Node) -> Fact | None:
     if fact is None:
         return None
     at = normal_dim(int(node.args[1]), len(fact.dims) + 1)  # type: ignore[arg-type]
-    return relabel(engine, node, (*fact.dims[:at], (), *fact.dims[at:]))
+    return fact.with_dims((*fact.dims[:at], (), *fact.dims[at:]))
 
 
 def _squeeze(engine: Engine, node: fx.Node) -> Fact | None:
@@ -134,7 +128,7 @@ def _squeeze(engine: Engine, node: fx.Node) -> Fact | None:
     chosen = range(n) if where is None else [where] if isinstance(where, int) else where
     drop = {normal_dim(int(d), n) for d in chosen}
     drop = {d for d in drop if same(shape_of(node.args[0])[d], 1)}  # type: ignore[arg-type]
-    return relabel(engine, node, tuple(d for i, d in enumerate(fact.dims) if i not in drop))
+    return fact.with_dims(tuple(d for i, d in enumerate(fact.dims) if i not in drop))
 
 
 def expand_dims(dims: Dims, shape: tuple[Any, ...]) -> Dims:
@@ -145,7 +139,7 @@ def expand_dims(dims: Dims, shape: tuple[Any, ...]) -> Dims:
 
 def _expand(engine: Engine, node: fx.Node) -> Fact | None:
     fact = _first(engine, node)
-    return None if fact is None else relabel(engine, node, expand_dims(fact.dims, shape_of(node)))
+    return None if fact is None else fact.with_dims(expand_dims(fact.dims, shape_of(node)))
 
 
 def repeat_dims(dims: Dims, node: fx.Node) -> Dims | None:
@@ -169,7 +163,8 @@ def repeat_dims(dims: Dims, node: fx.Node) -> Dims | None:
 
 def _repeat(engine: Engine, node: fx.Node) -> Fact | None:
     fact = _first(engine, node)
-    return None if fact is None else relabel(engine, node, repeat_dims(fact.dims, node))
+    dims = repeat_dims(fact.dims, node) if fact is not None else None
+    return fact.with_dims(dims) if dims is not None else None
 
 
 def take(fact: Any, dim: int, start: int, stop: int, step: int) -> Fact | None:
@@ -181,7 +176,7 @@ def take(fact: Any, dim: int, start: int, stop: int, step: int) -> Fact | None:
     count = len(range(start, stop, step))
     rest = (Atom(name, count),) if count != 1 else ()
     dims = (*fact.dims[:dim], rest, *fact.dims[dim + 1 :])
-    if isinstance(size, int) and count == size and step == 1:
+    if isinstance(size, int) and count == size:
         return fact  # the whole of it
     if isinstance(fact, Gate) and name == "e" and count == 1 and fact.expert is None:
         return replace(fact, dims=dims, expert=start)
@@ -195,10 +190,9 @@ def take(fact: Any, dim: int, start: int, stop: int, step: int) -> Fact | None:
     if isinstance(fact, Val) and isinstance(size, int):
         if name == "f":
             return replace(fact, dims=dims, expr=("cut", start, stop, step, fact.expr))
-        whole = _split_size(fact.dims)
-        if whole is not None and count == 1 and name in ("fo", "fi"):
+        if count == 1 and name in ("fo", "fi"):
             # One half (outer) or every n-th (inner) of a split feature dimension.
-            outer, inner = whole
+            outer, inner = (next(a.size for d in fact.dims for a in d if a.name == n) for n in ("fo", "fi"))
             others = tuple(tuple(Atom("f", a.size) if a.name in ("fo", "fi") else a for a in d) for d in dims)
             if name == "fo":
                 cut = (start * inner, (start + 1) * inner, 1)
@@ -206,13 +200,6 @@ def take(fact: Any, dim: int, start: int, stop: int, step: int) -> Fact | None:
                 cut = (start, outer * inner, inner)
             return replace(fact, dims=others, expr=("cut", *cut, fact.expr))
     return None
-
-
-def _split_size(dims: Dims) -> tuple[int, int] | None:
-    sizes = {a.name: a.size for d in dims for a in d if a.name in ("fo", "fi")}
-    if set(sizes) != {"fo", "fi"}:
-        return None
-    return sizes["fo"], sizes["fi"]
 
 
 def _drop(fact: Any, dim: int) -> Any:
@@ -271,12 +258,8 @@ def _pieces(node: fx.Node) -> list[tuple[int, int]] | None:
     source = node.args[0]
     assert isinstance(source, fx.Node)
     dim = normal_dim(int(argument(node, 1 if node.target is aten.unbind.int else 2, "dim", 0)), len(shape_of(source)))
-    size = shape_of(source)[dim]
-    outs = value(node)
-    if not isinstance(size, int) or not isinstance(outs, (list, tuple)):
-        return None
     at, out = 0, []
-    for piece in outs:
+    for piece in value(node):
         width = 1 if node.target is aten.unbind.int else known_size(piece.shape[dim])
         if not isinstance(width, int):
             return None
@@ -292,7 +275,7 @@ def _multi(engine: Engine, node: fx.Node) -> list[Any] | None:
     fact = _first(engine, node)
     if fact is None and node.target is aten.unbind.int:
         fact = stacked_parameter(engine, source)
-    pieces = _pieces(node) if fact is not None else None
+    pieces = _pieces(node)
     if fact is None or pieces is None:
         return None
     unbind = node.target is aten.unbind.int
@@ -307,7 +290,7 @@ def _multi(engine: Engine, node: fx.Node) -> list[Any] | None:
 def _getitem(engine: Engine, node: fx.Node) -> Any:
     source, index = node.args
     facts = engine.fact(source)
-    return facts[index] if isinstance(facts, list) and isinstance(index, int) else None
+    return facts[index] if isinstance(facts, list) else None  # type: ignore[index]
 
 
 def _fresh(number: float | None) -> Any:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..spec import INF, Activation, Router
-from .schema import is_stacked, library
+from .schema import implement, is_stacked
 from .validate import check_combine, check_experts, check_grouped_linear, check_ids, check_route
 
 BLOCK_BYTES = 1 << 20  # intermediate rows of one block: stays in cache, few calls of the activation
@@ -313,8 +313,8 @@ def _router(
     return Router(score, renormalise, eps, scale).reference(logits, top_k, dtype)
 
 
-library.impl("experts", _experts, "CPU")
-library.impl("sort_pairs", _sort_pairs, "CPU")
-library.impl("grouped_linear", _grouped_linear, "CPU")
-library.impl("combine", _combine, "CPU")
-library.impl("route", _router, "CPU")
+implement("experts", _experts, "CPU")
+implement("sort_pairs", _sort_pairs, "CPU")
+implement("grouped_linear", _grouped_linear, "CPU")
+implement("combine", _combine, "CPU")
+implement("route", _router, "CPU")

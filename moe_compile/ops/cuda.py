@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..spec import Router
-from .schema import library, num_experts
+from .schema import implement, num_experts
 from .tables import pointer_table
 from .validate import check_combine, check_experts, check_grouped_linear, check_ids, check_offsets, check_route
 
@@ -190,11 +190,11 @@ def route(
     return out
 
 
-library.impl("experts", experts, "CUDA")
-library.impl("sort_pairs", sort_pairs, "CUDA")
-library.impl("grouped_linear", grouped_linear, "CUDA")
-library.impl("combine", combine, "CUDA")
-library.impl("route", route, "CUDA")
+implement("experts", experts, "CUDA")
+implement("sort_pairs", sort_pairs, "CUDA")
+implement("grouped_linear", grouped_linear, "CUDA")
+implement("combine", combine, "CUDA")
+implement("route", route, "CUDA")
 
 
 class _Kind:

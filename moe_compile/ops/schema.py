@@ -28,11 +28,16 @@ fresh tensors, and treat ids outside ``[0, E)`` as contributing exactly zero.
 ``route``
     ``logits [T, E]`` -> weights ``[T, K]`` in ``dtype`` and int64 ids ``[T, K]``, the largest first; ``score``,
     ``renormalise``, ``eps`` and ``scale`` are the fields of ``spec.Router``.
+
+``experts_inner``, ``grouped_linear_inner``, ``combine_inner``, ``route_inner``
+    The same ops without a backward that says what to do, for the graphs that Inductor runs, which autograd has
+    already left: the Python function at its dispatch key costs more host time than a launch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,22 +45,20 @@ from torch import Tensor
 NAMESPACE = "moe_compile"
 library = torch.library.Library(NAMESPACE, "DEF")
 
-library.define(
-    "experts(Tensor hidden_states, Tensor topk_weights, Tensor topk_ids, "
+SIGNATURES = {
+    "experts": "(Tensor hidden_states, Tensor topk_weights, Tensor topk_ids, "
     "Tensor[] w1, Tensor[] w3, Tensor[] w2, Tensor[] b1, Tensor[] b3, Tensor[] b2, "
     "str activation, float[] activation_args, bool gated, bool interleaved=False, "
-    "bool weight_on_input=False, ScalarType? out_dtype=None) -> Tensor"
-)
-library.define("sort_pairs(Tensor topk_ids, int num_experts) -> (Tensor, Tensor)")
-library.define("grouped_linear(Tensor rows, Tensor[] weight, Tensor[] bias, Tensor offsets) -> Tensor")
-library.define(
-    "combine(Tensor rows, Tensor order, Tensor offsets, Tensor? topk_weights, int top_k, "
-    "ScalarType? out_dtype=None) -> Tensor"
-)
-library.define(
-    "route(Tensor logits, int top_k, str score, bool renormalise, float eps, float scale, ScalarType dtype) "
-    "-> (Tensor, Tensor)"
-)
+    "bool weight_on_input=False, ScalarType? out_dtype=None) -> Tensor",
+    "sort_pairs": "(Tensor topk_ids, int num_experts) -> (Tensor, Tensor)",
+    "grouped_linear": "(Tensor rows, Tensor[] weight, Tensor[] bias, Tensor offsets) -> Tensor",
+    "combine": "(Tensor rows, Tensor order, Tensor offsets, Tensor? topk_weights, int top_k, "
+    "ScalarType? out_dtype=None) -> Tensor",
+    "route": "(Tensor logits, int top_k, str score, bool renormalise, float eps, float scale, ScalarType dtype) "
+    "-> (Tensor, Tensor)",
+}
+for _name, _signature in SIGNATURES.items():
+    library.define(_name + _signature)
 
 
 def num_experts(weight: Sequence[Tensor]) -> int:
@@ -135,5 +138,20 @@ def _no_backward(name: str) -> None:
     torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup, lib=library)
 
 
-for _name in ("experts", "grouped_linear", "combine", "route"):
+INNER = {"experts": _experts, "grouped_linear": _grouped_linear, "combine": _combine, "route": _route}
+BELOW_AUTOGRAD: dict[Any, Any] = {}  # an op -> its inner form
+
+for _name, _fake in INNER.items():
     _no_backward(_name)
+    library.define(f"{_name}_inner{SIGNATURES[_name]}")
+    torch.library.register_fake(f"{NAMESPACE}::{_name}_inner", _fake, lib=library)
+    BELOW_AUTOGRAD[getattr(torch.ops.moe_compile, _name).default] = getattr(
+        torch.ops.moe_compile, f"{_name}_inner"
+    ).default
+
+
+def implement(name: str, function: Callable[..., Any], device: str) -> None:
+    """Register the implementation of an op, and of its inner form, for a dispatch key."""
+    library.impl(name, function, device)
+    if name in INNER:
+        library.impl(f"{name}_inner", function, device)

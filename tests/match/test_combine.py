@@ -54,6 +54,13 @@ def read(x, ids, parameter):
 ADDED = {
     "two terms": (lambda x, ids, w, parameter: term(x, ids, w, parameter) + term(x, ids, w, parameter, 1), "Sum"),
     "a term and zero": (lambda x, ids, w, parameter: term(x, ids, w, parameter) + 0, "Sum"),
+    "a term and False": (
+        lambda x, ids, w, parameter: torch.ops.aten.add.Tensor(term(x, ids, w, parameter), False), "Sum"),
+    "a term and True": (
+        lambda x, ids, w, parameter: torch.ops.aten.add.Tensor(term(x, ids, w, parameter), True), "MC302"),
+    "a term and another, scaled": (
+        lambda x, ids, w, parameter:
+            torch.add(term(x, ids, w, parameter), term(x, ids, w, parameter, 1), alpha=2), "MC304"),
     "a term and zeros": (lambda x, ids, w, parameter: term(x, ids, w, parameter) + torch.zeros(T, I), "Sum"),
     "a term and ones": (lambda x, ids, w, parameter: term(x, ids, w, parameter) + torch.full((T, I), 1.0), "MC210"),
     "a term and zeros of more dimensions": (
@@ -98,6 +105,7 @@ SUMMED = {
         lambda x, ids, w, stack_parameter: (outputs(x, stack_parameter) * gate(ids, w)[..., None]).sum(1), None),
     "over all experts without weights": (lambda x, stack_parameter: outputs(x, stack_parameter).sum(1), "MC304"),
     "of weighted inputs": (lambda x, ids, w: (x[:, None] * gates(ids, w)[..., None]).sum(1), None),
+    "of everything, as no dimension": (lambda x, ids, w, parameter: term(x, ids, w, parameter).sum([]), None),
     "of everything": (
         lambda x, ids, w, parameter: torch.ops.aten.sum.dim_IntList(term(x, ids, w, parameter), None), None),
 }  # fmt: skip
@@ -123,6 +131,14 @@ WEIGHTED = {
         lambda ids, w: einsum("tke,tk->te", onehot(ids), w[:, :1]), None),
     "the combine matrix, slots before tokens": (
         lambda ids, w: einsum("kte,kt->te", onehot(ids).transpose(0, 1), w.t()), None),
+    "the combine matrix, slots before tokens in the mask": (
+        lambda ids, w: einsum("kte,tk->te", onehot(ids).transpose(0, 1), w), "Gate"),
+    "the combine matrix, slots before tokens in the weights": (
+        lambda ids, w: einsum("tke,kt->te", onehot(ids), w.t()), None),
+    "the combine matrix, weights of the experts": (
+        lambda ids, scores: einsum("tke,te->te", onehot(ids), scores), None),
+    "the combine matrix, times a weight": (
+        lambda ids, parameter: einsum("te,ie->ti", onehot(ids)[:, 0], parameter), None, {"parameter": tokens(I, E)}),
     "the combine matrix, summed over the tokens": (lambda ids, w: einsum("tke,tk->ke", onehot(ids), w), None),
     "the mask of expert 0, weights of the experts": (
         lambda ids, scores: einsum(
@@ -190,6 +206,10 @@ ASSIGNED = {
     "into three copies": (
         lambda x, ids, parameter: (lambda mask, y: assign(torch.empty(T * K, 3, I), mask, y[:, None]))(
             *pair_rows(x, ids, parameter, 0)), None),
+    "into three copies of rows": (
+        lambda x, ids, parameter: assign(torch.empty(T * K, 3, I), *pair_rows(x, ids, parameter, 0)), None),
+    "features for rows": (lambda x, ids, parameter: (lambda mask, y: assign(torch.empty(T * K, I), mask, y.t()))(
+        *pair_rows(x, ids, parameter, 0)), None),
     "slots before tokens": (slots_first, None),
     "by number": (by_number(T * K), "Unfinished"),
     "by number, with a row more": (by_number(T * K + 1), None),

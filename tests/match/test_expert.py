@@ -18,6 +18,7 @@ INPUTS = {
     "down_parameter": tokens(E, H, I), "square_parameter": tokens(E, H, H), "one_parameter": tokens(E, 1, H),
     "more_parameter": tokens(E, I + 1, H), "both_parameter": tokens(E, 2 * I, H),
     "large_parameter": tokens(E, 3 * I, H), "biases_parameter": tokens(E, 3 * I),
+    "double_parameter": tokens(E, I).double(),
     "downs_parameter": tokens(E + 1, H, I), "wider_parameter": tokens(E, H + 4, I),
 }  # fmt: skip
 
@@ -124,7 +125,8 @@ REFUSED = {
     "the input beside its map": (
         picked(lambda s, rows, e: F.linear(F.silu(F.linear(rows, s.square[e])) * rows, s.square[e])),
         "MC301: the expert's input bypasses"),
-    "a single map": (picked(lambda s, rows, e: F.linear(rows, s.square[e])), "MC301"),
+    "a single map": (
+        picked(lambda s, rows, e: F.linear(rows, s.square[e])), "MC301: an expert is a single linear map"),
     "other features than the input's": (
         layer(lambda s, e: F.silu(up(s, e)), down=lambda s, e: s.wider[e]),
         f"MC201: experts map H={H} to {H + 4} features"),
@@ -134,6 +136,9 @@ REFUSED = {
     "a part of a part of a bias": (
         layer(gated(True, lambda s, e: s.both[e], lambda s, e: s.biases[e][sliced(s)])),
         "MC301: a slice of a sliced bias"),
+    "a bias of another precision": (
+        layer(lambda s, e: F.silu(up(s, e) + s.double[e]).to(torch.float32)),
+        "MC401: weights are torch.float64, the hidden states torch.float32"),
     "a complex result": (
         layer(lambda s, e: F.silu(up(s, e)), start=lambda s: torch.zeros(T, H, dtype=torch.complex64)),
         "MC401: the result is torch.complex64"),

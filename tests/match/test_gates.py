@@ -55,9 +55,17 @@ ROUTING = {
     "where, a complex zero": (lambda ids, w: torch.where(ids == 1, w, 0j), None),
     "where, a scalar tensor": (lambda ids, w: torch.where(ids == 1, w, torch.scalar_tensor(0.0)), "Gate"),
     "where, one in a scalar tensor": (lambda ids, w: torch.where(ids == 1, w, torch.scalar_tensor(1.0)), None),
+    "where, zeros of more dimensions": (
+        lambda ids, w: torch.where(ids == 1, w, torch.zeros(3, 3, 3)), None, {"ids": chosen(3, 3), "w": tokens(3, 3)}),
+    "where, zeros of more slots": (
+        lambda ids, w: torch.where(ids == 1, w, torch.zeros(T, 3)), None, {"ids": chosen(T, 1), "w": tokens(T, 1)}),
     "weighted, then by a truth value": (lambda ids, w: (ids == 1) * w * True, None),
     "scatter over the slots of the tokens": (
         lambda ids, w: torch.zeros(1, K, E).scatter(2, ids[None].transpose(1, 2), w[None].transpose(1, 2)), None),
+    "scatter of slots before tokens": (
+        lambda ids, w: torch.zeros(S, 2, 1, E).scatter(
+            3, ids[:, :, None].permute(1, 0, 2, 3), w[:, :, None].permute(1, 0, 2, 3)),
+        None, {"ids": chosen(2, S, K), "w": tokens(2, S, K)}),
     "scatter into unknown experts": (lambda ids, w, x: torch.zeros(T, some(x).shape[0]).scatter(1, ids, w), None),
     "scatter of a complex number": (
         lambda ids: torch.zeros(T, E, dtype=torch.complex64).scatter(1, ids, 1j), None),
@@ -79,6 +87,12 @@ ROUTING = {
         lambda ids, w: torch.where(hit(ids), torch.zeros(T, E).scatter(1, ids, w)[:, 1], 0.0), None),
     "outputs by the weights of another order": (
         lambda x, ids, w, parameter: in_order(x, w, parameter, sorted_rows(ids)[0], ids.flatten().sort()[1]), "MC207"),
+    "outputs of pairs in order by one number": (
+        lambda x, ids, stack_parameter, number: torch.einsum(
+            "rh,rih->ri", x[sorted_rows(ids)[1]], stack_parameter[ids.flatten()[sorted_rows(ids)[0]]]) * number,
+        None, {"number": tokens(1, 1)}),
+    "outputs by numbers, without ids": (
+        lambda x, parameter, number: F.linear(x, parameter) * number, None, {"number": tokens(T, 1)}),
     "outputs by the weights of their order": (
         lambda x, ids, w, parameter: in_order(x, w, parameter, sorted_rows(ids)[0]), "Val"),
     "outputs of pairs, behind a projection": (

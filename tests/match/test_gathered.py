@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
-from tracing import E, H, I, K, T, chosen, said, tokens
+from tracing import E, H, I, K, T, chosen, fact_of, said, tokens
 
 from moe_compile.canonical import canonicalise
-from moe_compile.match.facts import Wt
+from moe_compile.match.facts import Wt, names
 from moe_compile.rewriting import facts_of
 
 
@@ -67,12 +67,31 @@ OUTPUTS = {
     "by index, of picked rows": (
         lambda x, stack_parameter, ids: outputs(x[sorted_tokens(ids)], stack_parameter)[every(), ids], None),
     "by index, of one expert": (lambda x, parameter, ids: F.linear(x, parameter)[every(), ids], None),
+    "by index, of one expert on more rows": (
+        lambda x, parameter, ids: F.linear(x, parameter)[every(), ids], None, {"x": tokens(T, E, H)}),
+    "by index, of more tokens": (
+        lambda x, stack_parameter, ids: outputs(x, stack_parameter)[every(), ids], None, {"x": tokens(T + 1, H)}),
+    "by index, of one choice": (
+        lambda x, stack_parameter, ids: outputs(x, stack_parameter)[torch.arange(T), ids], "Val", {"ids": chosen(T)}),
+    "by index, one feature of one choice": (
+        lambda x, stack_parameter, ids: outputs(x, stack_parameter)[..., 0][torch.arange(T), ids], None,
+        {"ids": chosen(T)}),
+    "by index, split features of one choice": (
+        lambda x, stack_parameter, ids: outputs(x, stack_parameter).view(T, E, 3, 8)[torch.arange(T), ids], None,
+        {"ids": chosen(T)}),
     "by index, of the gates": (lambda ids: F.one_hot(ids[:, 0], E)[every(), ids], None),
     "by gather, weighted": (
         lambda x, stack_parameter, ids, w:
             (outputs(x, stack_parameter) * torch.zeros(T, E).scatter(1, ids, w)[..., None]).gather(1, copies(ids)),
         None),
     "by gather, of the gates": (lambda ids, w: (F.one_hot(ids[:, 0], E) * w[:, :1]).gather(1, ids), None),
+    "by gather, of one expert on more rows": (
+        lambda x, parameter, ids: F.linear(x, parameter).gather(1, copies(ids)), None, {"x": tokens(T, E, H)}),
+    "by gather, some features": (
+        lambda x, stack_parameter, ids: outputs(x, stack_parameter).gather(1, copies(ids, 8)), None),
+    "by gather, some tokens": (
+        lambda x, stack_parameter, ids: outputs(x, stack_parameter).gather(1, copies(ids)), None,
+        {"ids": chosen(5, K)}),
     "by gather along the features": (lambda x, parameter, ids: F.linear(x, parameter).gather(1, ids), None),
     "by take_along_dim along the features": (
         lambda x, parameter, ids: torch.take_along_dim(F.linear(x, parameter), ids, 1), None),
@@ -91,6 +110,8 @@ OUTPUTS = {
 }  # fmt: skip
 TOKENS = {
     "rows": (lambda x, ids: x.gather(0, copies(picked(ids), H)), "Val"),
+    "rows by take_along_dim": (lambda x, ids: torch.take_along_dim(x, copies(picked(ids), H), 0), "Val"),
+    "rows by take_along_dim, spread": (lambda x, ids: torch.take_along_dim(x, picked(ids)[:, None], 0), None),
     "rows at plain numbers": (lambda x, flat: x.gather(0, copies(flat, H)), None),
     "features at the numbers of tokens": (lambda x, ids: x.gather(1, copies(picked(ids), H)), None),
     "copies of the first row": (lambda x, ids: x[:1].expand(T, -1).gather(0, copies(picked(ids), H)), None),
@@ -127,6 +148,17 @@ TABLES = {f"{title}, {name}": case for title, table in (("weights", WEIGHTS), ("
 def test_gathered(name):
     program, expected, *others = TABLES[name]
     assert said(program, **(others[0] if others else {})) == expected
+
+
+@pytest.mark.parametrize("shape, expected", [((T, K), (("t0",), ("k",), ("f",))), ((T,), (("t0",), ("f",)))])
+def test_outputs_by_index_have_a_dimension_of_slots_if_the_ids_have(shape, expected):
+    inputs = {"x": tokens(), "stack_parameter": tokens(E, I, H), "ids": chosen(*shape)}
+
+    def program(x, stack_parameter, ids):
+        return outputs(x, stack_parameter)[every().view(-1, *[1] * (ids.dim() - 1)), ids]
+
+    fact = fact_of(program, **inputs)
+    assert names(fact.dims) == expected
 
 
 @pytest.mark.parametrize("shape", [(E, I), (E, I, H)])

@@ -49,6 +49,10 @@ def zeros(rows=T * K, width=H):
 # --- what counts as the numbers of rows -------------------------------------------------------------------
 
 COUNTS = {
+    "one-hot rows": (lambda ids: onehot(ids) > 0, None),
+    "one-hot rows of two tokens": (
+        lambda x, ids: group(by_expert(x, ids), ids, 1, lambda i: onehot(i).sum(1)), "MC207",
+        {"ids": chosen(2, K), "x": tokens(2, H)}),
     "one-hot sums of one token": (lambda ids: onehot(ids).sum((0, 1)) > 0, "HitMask"),
     "weights of one token": (lambda ids, w: (onehot(ids) * w[..., None]).sum((0, 1)) > 0, None),
     "truth values of one token that may name an expert twice": (
@@ -58,8 +62,8 @@ COUNTS = {
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_the_gates_of_one_token_as_counts(name):
-    program, expected = COUNTS[name]
-    assert said(program, **ONE) == expected
+    program, expected, *others = COUNTS[name]
+    assert said(program, **(others[0] if others else ONE)) == expected
 
 
 def test_the_combine_matrix_of_one_token_and_its_top_k():
@@ -107,6 +111,9 @@ SEGMENTS = {
     "sorted ids": (lambda ids: group(ids.flatten().sort()[0], ids, 1), None),
     "all tokens": (lambda x, ids, parameter: group(F.linear(x, parameter), ids, 1), None),
     "the rows of one expert": (lambda x, ids: group(x[torch.where(ids == 1)[0]], ids, 1), None),
+    "rows of every expert": (
+        lambda x, ids, stack_parameter: group(torch.einsum("rh,eih->rei", by_expert(x, ids), stack_parameter), ids, 1),
+        None),
     "features": (lambda x, ids: group(by_expert(x, ids).t(), ids, 1), None),
 }  # fmt: skip
 
@@ -170,6 +177,8 @@ JOINS = {
     "transposed weights in one": (joined(expert=transposed_in_one), "MC201"),
     "groups as they are": (joined(expert=lambda e, rows, up, down: rows), None),
     "all tokens": (joined(expert=lambda e, rows, up, down: mlp(rows.new_zeros(3, H), up, down)), None),
+    "groups twice over": (joined(after=lambda part, weight: part.repeat_interleave(2, 0)), None),
+    "groups with a dimension more": (joined(after=lambda part, weight: part[:, None]), None),
     "weighted groups": (joined(after=lambda part, weight: part * weight), None),
     "groups of weighted rows": (joined(source=lambda e, a, b, w: a * w), None),
 }  # fmt: skip
@@ -253,6 +262,8 @@ HITS = {
     "any pair of picked tokens": (lambda ids: onehot(ids)[torch.where(ids == 2)[0]].any((0, 1)), None),
     "the mask as numbers": (lambda ids: (counts(ids) > 0).to(torch.int64), "HitMask"),
     "a row of the mask as numbers": (lambda ids: (counts(ids)[None] > 0).to(torch.int64), None),
+    "places in a row of the mask": (lambda ids: (counts(ids)[None] > 0).nonzero(), None),
+    "places in a column of the mask": (lambda ids: (counts(ids)[:, None] > 0).nonzero(), None),
     "unique numbers of a column of ids": (lambda ids: torch.ops.aten._unique2(ids[:, 0])[0], "Hits"),
 }  # fmt: skip
 

@@ -222,6 +222,10 @@ REBASED = {
     "a shared projection before all experts at once": lambda s: all_at_once(s, F.linear(s.x, s.shared)),
 }
 REFUSED = {
+    "a shared projection and activation of the weighted input": (
+        routed(dense(lambda s, e: expert(F.silu(F.linear(s.x * gate(s, e), s.shared)), s.up[e], s.down[e]),
+                     before=lambda s: F.silu(F.linear(s.x, s.shared)))),
+        "MC202: experts share a weight"),
     "two shared projections": (
         dense(lambda s, e: F.linear(
             F.silu(F.linear(F.linear(s.x, s.shared), s.gate[e])) * F.linear(F.linear(s.x, s.other), s.up[e]), s.down[e])
@@ -297,6 +301,18 @@ def test_is_no_layer(name):
     assert isinstance(found, NoMatch) and str(found).startswith(reason), found
 
 
+def test_no_tokens_beside_features():
+    """Of no tokens any shape has as many: what all experts share must still have rows of their features."""
+
+    def program(s):
+        columns = torch.einsum("abh,ih->bia", s.x, s.shared)
+        s.h = columns.reshape(3 * H, 0).t().view(0, 3, H)
+        return dense(on_projected())(s)
+
+    found = outcome(program, x=tokens(0, 3, H), ids=chosen(0, 3, K), w=tokens(0, 3, K))
+    assert str(found) == "MC207: the input features are not the experts' hidden size"
+
+
 def columns(s):
     """A loop over the slots."""
     total = torch.zeros_like(s.x)
@@ -341,6 +357,7 @@ CHOSEN = {
     "one of the largest": (lambda scores: scores.max(1)[1], E),
     "the first of a sort": (lambda scores: scores.sort(-1)[1][:, :K], E),
     "as int32": (lambda scores: scores.topk(K)[1].to(torch.int32), E),
+    "of some tokens": (lambda scores: scores.topk(K)[1][:3], E),
     "of two heads": (lambda y: y.topk(K)[1], H),
     "of two heads, side by side": (lambda y: y.topk(K)[1].view(T, E * K), None),
     "external": (lambda ids: ids, None),

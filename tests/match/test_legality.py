@@ -113,7 +113,60 @@ def turned_half_way(e, s):
         s["out"] = s["seen"].t()
 
 
+@torch.library.custom_op("moe_compile_tests::counted", mutates_args=("state",))
+def counted(w: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    state += 1
+    return w * state
+
+
+@counted.register_fake
+def _(w: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(w)
+
+
+def in_shape_of(mould, after=lambda out, made: out):
+    """``mould(w)``: the weights of the pairs, and a tensor of which the layer reads the shape alone."""
+
+    def program(x, scores, up, down):
+        w, ids = scores.topk(K)
+        (w, shape, *made), out = mould(w), torch.zeros_like(x)
+        for e in range(E):
+            token, slot = torch.where((ids == e).expand_as(shape))
+            out = out.index_add(0, token, expert(x[token], up[e], down[e]) * w[token, slot, None])
+        return after(out, [shape, *made])
+
+    return program
+
+
+def doubled(w):
+    """The weights as they are once the second tensor was computed."""
+    copy = w.clone()
+    return copy.view(-1, K), copy.mul_(2)
+
+
+def counting(w):
+    state = torch.zeros(1)
+    return w, counted(w, state), state
+
+
+def in_double(x, scores, up, down):
+    w, ids = scores.topk(K)
+    out = torch.zeros_like(x)
+    for e in range(E):
+        token, slot = torch.where(ids == e)
+        h = F.silu(F.linear(x[token], up[e]).double()).to(x.dtype)
+        out = out.index_add(0, token, F.linear(h, down[e]) * w[token, slot, None])
+    return out
+
+
 LEFT = {
+    "its weights are written by what has the right shape": (
+        in_shape_of(doubled), "MC204: clone, which the layer reads, is written inside"),
+    "what has the right shape is used elsewhere": (
+        in_shape_of(counting, lambda out, made: (out, made[0] * 2)), "MC204: counted is written in place and used"),
+    "what has the right shape changes a state": (
+        in_shape_of(counting, lambda out, made: (out, made[1] * 2)), "MC204: zeros looks into a buffer"),
+    "a step in float64": (in_double, "MC401: silu"),
     "the sum is read half-way": (in_place(read_half_way, after=lambda s: (s["out"], s["seen"])), "MC203"),
     "a transposed view from half-way is read later": (
         in_place(turned_half_way, after=lambda s: (s["out"], s["seen"] * 2)), "MC203"),
@@ -144,6 +197,47 @@ def test_assertions_about_numbers_are_no_checks_of_sizes():
     module = traced(lambda x: torch._assert_async(x.sum() > 0), {"x": random(3)})
     (compared,) = (n for n in module.graph.nodes if n.target is torch.ops.aten.gt.Scalar)
     assert list(compared.users) and not legality.is_size_check(compared)
+
+
+def test_numbers_whose_sizes_are_checked_are_no_checks_of_sizes():
+    module = traced(lambda x: torch.ops.aten._assert_tensor_metadata(x + 1), {"x": random(3)})
+    added, check = (n for n in module.graph.nodes if n.op == "call_function")
+    assert legality.is_size_check(check) and not legality.is_size_check(added)
+
+
+# --- a projection that all experts share -----------------------------------------------------------------
+
+
+def copies(x):
+    return x[:, None].expand(T, K, H)
+
+
+def weighted_copies(x, scores, up, down, shared_parameter):
+    """The projection of every slot, and its sum under the weights of expert 0: all of it has one expression."""
+    w, ids = scores.topk(K)
+    other = (F.linear(copies(x), shared_parameter) * ((ids == 0) * w)[..., None]).sum(1)
+    h, out = F.linear(copies(x), shared_parameter), torch.zeros_like(x)
+    for e in range(E):
+        out = out + (expert(h, up[e], down[e]) * ((ids == e) * w)[..., None]).sum(1)
+    return out, other
+
+
+def weighted_projection(x, scores, up, down, shared_parameter):
+    w, ids = scores.topk(K)
+    other = F.linear(x * (w * (ids == 0)).sum(-1, keepdim=True), shared_parameter)
+    h, out = F.linear(x, shared_parameter), torch.zeros_like(x)
+    for e in range(E):
+        out = out + expert(h, up[e], down[e]) * (w * (ids == e)).sum(-1, keepdim=True)
+    return out, other
+
+
+def test_the_projection_of_weighted_inputs_is_another_than_that_of_the_inputs():
+    inputs = inputs_of(shared_parameter=random(H, H))
+    assert_replaced(traced(weighted_projection, inputs), weighted_projection, inputs)
+
+
+def test_a_weighted_sum_of_projections_is_no_projection():
+    assert refused(weighted_copies, inputs_of(shared_parameter=random(H, H))).startswith("MC202")
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -307,6 +401,32 @@ def test_a_buffer_in_other_dimensions_than_the_rows_has_one_unknown_size(unknown
         assert_replaced(module, program, inputs)
     else:
         assert reasons(module).startswith("MC207: the result has shape")
+
+
+def rows_by_take_along_dim(x, scores, up, down):
+    w, ids = scores.topk(K)
+    out = torch.zeros_like(x)
+    for e in range(E):
+        token, slot = torch.where(ids == e)
+        wide = token[:, None].expand(-1, H)
+        y = expert(torch.take_along_dim(x, wide, 0), up[e], down[e])
+        out = out.scatter_add(0, wide, y * w[token, slot, None])
+    return out
+
+
+def mask_with_slots_first(x, scores, up, down):
+    w, ids = scores.topk(K)
+    mask, out = F.one_hot(ids, E).transpose(0, 1).float(), torch.zeros_like(x)
+    combine = torch.einsum("kte,tk->te", mask, w)
+    for e in range(E):
+        out = out + expert(x, up[e], down[e]) * combine[:, e, None]
+    return out
+
+
+@pytest.mark.parametrize("program", [rows_by_take_along_dim, mask_with_slots_first])
+def test_other_spellings(program):
+    inputs = inputs_of()
+    assert_replaced(traced(program, inputs), program, inputs)
 
 
 def test_an_activation_of_its_own_between_weighted_inputs():

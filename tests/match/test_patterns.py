@@ -41,11 +41,17 @@ SORTED = {
     "argsort of each number of the order": (lambda ids: order_of(ids)[:, None].argsort(), None),
     "sorted ids": (lambda ids: ids.flatten()[order_of(ids)], "SortedIds"),
     "sorted rows of ids": (lambda ids: ids[order_of(ids)], None, TOP1),
+    "tokens of one expert in order": (lambda ids: torch.where(ids == 1)[0].argsort(), None),
     "ids by the tokens of pairs": (lambda ids: ids.flatten()[order_of(ids) // K], None),
     "tokens by the order": (lambda ids: torch.arange(T).repeat_interleave(K)[order_of(ids)], "Index"),
     "tokens by the tokens of pairs": (lambda ids: torch.arange(T).repeat_interleave(K)[order_of(ids) // K], None),
     "numbers by the order and another index": (
         lambda ids, flat: torch.arange(T)[:, None].expand(T, K)[order_of(ids), flat], None),
+    "tokens as a column by the order": (
+        lambda ids: torch.arange(T).repeat_interleave(K)[:, None][order_of(ids)], None),
+    "every other count": (lambda ids: ids.flatten().bincount(minlength=E)[::2], None),
+    "all counts but the last": (lambda ids: ids.flatten().bincount(minlength=E)[:-1], None),
+    "the first counts": (lambda ids: ids.flatten().bincount(minlength=E)[:E], "Counts"),
     "one-hot sums": (lambda ids: onehot(ids).sum((0, 1)), "Counts"),
     "one-hot sums of one slot": (lambda ids: onehot(ids)[:, 0].sum(0), None),
     "one-hot sums of copies": (lambda ids: onehot(ids)[:, None].expand(T, S, K, E).sum((0, 1, 2)), None),
@@ -58,6 +64,20 @@ SORTED = {
 def test_sorted(name):
     program, expected, *others = SORTED[name]
     assert said(program, **(others[0] if others else {})) == expected
+
+
+def test_a_flat_copy_of_ids_that_are_written_later():
+    """``flatten`` of transposed ids copies them: what it holds is not what the ids hold after a write."""
+
+    def program(ids):
+        turned = ids.t().contiguous().t()
+        flat = turned.flatten()
+        turned.t().mul_(2)
+        return flat.bincount(minlength=E), turned == 1, turned.flatten().bincount(minlength=E)
+
+    engine, nodes = engine_of(program, ids=chosen())
+    counts, mask, new = (engine.fact(node) for node in nodes)
+    assert counts.ids != mask.ids == new.ids
 
 
 BFLOAT16 = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support import relative, rewritten
 from torch.nn import functional as F
 from tracing import E, H, I, K, T, chosen, codes_of, engine_of, said, tokens
 
@@ -68,6 +69,8 @@ STACKS = {
         lambda x, two_parameter: torch.stack([linear(x, two_parameter[e]) for e in (1, 0)]), "MC208"),
     "rows of two stacks": (lambda x, two_parameter, two_more_parameter: torch.stack(
         [linear(x, two_parameter[0]), linear(x, two_more_parameter[1])]), "MC201"),
+    "a weight of its own and a row": (lambda x, parameter, two_parameter: torch.stack(
+        [linear(x, parameter), linear(x, two_parameter[1])]), "MC201"),
     "stacks of stacks": (lambda x, two_parameter, two_more_parameter: torch.stack(
         [every(x, two_parameter), every(x, two_more_parameter)]), "MC201"),
 }  # fmt: skip
@@ -107,6 +110,7 @@ MASKS = {
     "pairs, tokens within slots": (lambda ids: torch.where((ids == 1).t().flatten())[0], None),
     "one copy of the masks of all experts": (lambda ids: torch.zeros(T, E, 5)[any_of_copies(ids)[..., 2]], None),
     "the only column": (lambda ids: (ids.flatten() == 1).nonzero().view(-1), "Index"),
+    "both columns in one": (lambda ids: (ids == 1).nonzero().flatten(), None),
     "the only column as a row": (lambda ids: (ids.flatten() == 1).nonzero().view(1, -1), None),
 }  # fmt: skip
 
@@ -115,6 +119,26 @@ MASKS = {
 def test_masks(name):
     program, expected, *others = MASKS[name]
     assert said(program, **(others[0] if others else {})) == expected
+
+
+def test_the_first_pairs_of_two_are_no_columns():
+    """``unbind(0)`` of ``[[t0, s0], [t1, s1]]``, where every expert is known to have two pairs."""
+
+    def program(x, scores, up, down):
+        w, ids = scores.topk(2)
+        out = torch.zeros_like(x)
+        for e in range(2):
+            pairs = (ids == e).nonzero()
+            torch._check(pairs.shape[0] == 2)
+            token, slot = pairs.unbind(0)
+            y = linear(F.silu(linear(x[token], up[e])), down[e])
+            out = out.index_add(0, token, y * w[token, slot, None])
+        return out
+
+    torch.manual_seed(0)
+    inputs = torch.randn(2, H), torch.rand(2, 2), torch.randn(2, I, H), torch.randn(2, H, I)
+    outcome = rewritten(program, *inputs)
+    assert outcome.ops == [] and relative(outcome.out, program(*inputs)) < 1e-6
 
 
 # --- rows of masks -----------------------------------------------------------------------------------------
@@ -158,6 +182,15 @@ ROWS = {
         lambda x, ids, w: (x[:, None] * ((ids == 1) * w)[:, :, None])[tokens_of(ids)], None),
     "inputs under the weights of each expert": (
         lambda x, ids, w: (x[:, None] * torch.zeros(T, E).scatter(1, ids, w)[:, :, None])[tokens_of(ids)], None),
+    "inputs by mask": (lambda x, ids: x[(ids == 1).any(1)], "Val"),
+    "inputs by a mask as numbers": (lambda x, ids: x[(ids == 1).any(1).long()], None),
+    "inputs by counts as numbers": (lambda x, ids: x[(ids == 1).sum(1)], None),
+    "sums by a mask as numbers": (lambda ids: torch.zeros(T, 5)[(ids == 1).any(1).long()], None),
+    "inputs by a column of tokens": (lambda x, ids: x[tokens_of(ids)[:, None]], None),
+    "inputs by rows of tokens": (lambda x, ids: x[tokens_of(ids).expand(3, -1)], None),
+    "a number by the only token": (
+        lambda number, ids: number.index_select(0, ids.flatten().argsort(stable=True) // 1), None,
+        {"number": torch.zeros(()), "ids": chosen(1, 1)}),
     "columns by mask": (lambda x, ids: x[:, (ids == 1).any(1)], None, {"x": tokens(T, T, H)}),
     "w[slots, slots]": (lambda w, ids: w[torch.where(ids == 1)[1], torch.where(ids == 1)[1]], "MC207"),
     "w[tokens, tokens]": (

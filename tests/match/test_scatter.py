@@ -10,6 +10,9 @@ from tracing import E, H, I, K, T, chosen, engine_of, said, tokens
 aten = torch.ops.aten
 TOP1 = {"ids": chosen(T, 1)}
 TWO = {"ids": chosen(K, K), "w": tokens(K, K)}  # as many tokens as slots
+ONE = {"x": tokens(1, H), "ids": chosen(1, K), "flat": chosen(1)}  # a single token
+# As many features as pairs, so that outputs can be laid across.
+PAIRS = {"x": tokens(T, T * K), "parameter": tokens(I, T * K), "down_parameter": tokens(T * K, I)}
 
 
 def pick(ids, e=1):
@@ -92,20 +95,39 @@ ADDED = {
         by_expert(lambda y, order, ids, x: zeros().index_add(0, order_of(ids.flip(0)) // K, y)), "MC207"),
     "index_add along the last dimension": (
         expert(lambda y, ids, x: zeros(H, T).index_add(1, pick(ids)[0], y.t())), None),
+    "index_add of rows along the last dimension": (
+        by_expert(lambda y, order, ids, x: zeros(T * K, T).index_add(1, order // K, y)), None, PAIRS),
     "index_add into three dimensions": (
         expert(lambda y, ids, x: zeros(T, H, 1).index_add(0, pick(ids)[0], y[..., None])), None),
+    "index_add, scaled": (expert(lambda y, ids, x: zeros().index_add(0, pick(ids)[0], y, alpha=2)), "MC304"),
     "index_add into ones": (expert(lambda y, ids, x: (zeros() + 1).index_add(0, pick(ids)[0], y)), "MC210"),
     "index_add into a filled tensor": (
         expert(lambda y, ids, x: torch.full((T, H), 1.0).index_add(0, pick(ids)[0], y)), "MC210"),
     "scatter_add": (expert(lambda y, ids, x: zeros().scatter_add(0, wide(pick(ids)[0]), y)), "Sum"),
     "scatter_add of the first column": (
         expert(lambda y, ids, x: zeros().scatter_add(0, pick(ids)[0][:, None], y)), None),
+    "scatter_add of each feature to its own token": (
+        by_expert(lambda y, order, ids, x: zeros(T, T * K).scatter_add(0, (order // K)[None].expand(T * K, -1), y)),
+        None, PAIRS),
+    "scatter_add at plain numbers": (
+        lambda x, flat, parameter, down_parameter: zeros().scatter_add(
+            0, wide(flat[:T]), mlp(x, parameter, down_parameter)), None),
     "index_put": (
         expert(lambda y, ids, x: zeros().index_put((pick(ids)[0],), y, accumulate=True)), "Sum"),
     "index_put at the slots": (
         expert(lambda y, ids, x: zeros().index_put((pick(ids)[1],), y, accumulate=True)), None),
     "index_put into three dimensions": (
         expert(lambda y, ids, x: zeros(T, H, 1).index_put((pick(ids)[0],), y[..., None], accumulate=True)), None),
+    "index_put into copies": (
+        by_expert(lambda y, order, ids, x: zeros(T, T * K, H).index_put((order // K,), y, accumulate=True)), None),
+    "index_put, each row thrice": (
+        expert(lambda y, ids, x: zeros().index_put((pick(ids)[0].expand(3, -1),), y, accumulate=True)), None),
+    "index_put at a plain number": (
+        lambda x, ids, flat, parameter, down_parameter: zeros(5, H).index_put(
+            (flat,), mlp(x, parameter, down_parameter), accumulate=True), None, ONE),
+    "index_put at a mask as numbers": (
+        expert(lambda y, ids, x: zeros().index_put(((ids == 1).any(1).long(),), y, accumulate=True),
+               lambda x, ids: x[(ids == 1).any(1)]), None),
     "index_put at other numbers": (
         expert(lambda y, ids, x: zeros().index_put((ids[:, 0],), y, accumulate=True), lambda x, ids: x), None),
 }  # fmt: skip
@@ -136,6 +158,12 @@ def of_another_buffer(out, y, token):
     return torch.zeros_like(out).index_put((token[0],), out[token[0]] + y[0])
 
 
+def across(x, ids, parameter, down_parameter):
+    """Outputs laid across the rows of their tokens."""
+    token, out = order_of(ids) // 1, torch.zeros(T * K, T * K)
+    return out.index_put((token,), out[token] + mlp(x[token], parameter, down_parameter).t())
+
+
 def one_after_the_other(out, y, token):
     out[token[0]] = out[token[0]] + y[0]
     out[token[1]] = out[token[1]] + y[1]
@@ -148,6 +176,7 @@ READ = {
     "at the tokens of another order": (
         by_expert(lambda y, order, ids, x: (out := zeros()).index_put(
             (order_of(ids.flip(0)) // K,), out[order // K] + y)), "MC204"),
+    "features for rows": (across, None, {**PAIRS, "x": tokens(T * K, T * K), "ids": chosen(T * K, 1)}),
     "nothing added": (two_experts(lambda out, y, t: out.index_put((t[0],), out[t[0]])), None),
     "added to what is still there": (
         two_experts(lambda out, y, t: out.index_put((t[0],), out[t[0]] + y[0], accumulate=True)), None),
@@ -279,11 +308,21 @@ def numbers(*shape):
 
 UNSORTED = {
     "rows": (by_expert(lambda y, order, ids, x: zeros(T * K, H).index_put((order,), y)), "Val"),
+    "rows, and one more": (by_expert(lambda y, order, ids, x: zeros(T * K + 1, H).index_put((order,), y)), None),
+    "rows into columns": (
+        by_expert(lambda y, order, ids, x: aten.index_put(zeros(T * K, T * K), (None, order), y)), None, PAIRS),
+    "rows at other numbers, too": (
+        by_expert(lambda y, order, ids, x: zeros(T * K, E, E, H).index_put((order, *[ids.flatten()] * 2), y)), None),
     "rows in another order": (
         by_expert(lambda y, order, ids, x: zeros(T * K, H).index_put((order_of(ids.flip(0)),), y)), None),
     "rows of three dimensions": (
         by_expert(lambda y, order, ids, x: zeros(T * K, 1, H).index_put((order,), y[:, None])), None),
     "the inverse": (lambda ids: numbers(T * K).index_put((order_of(ids),), torch.arange(T * K)), "Inverse"),
+    "one number for all": (lambda ids: numbers(T * K).index_put((order_of(ids),), torch.arange(1)), None),
+    "copies of one number": (
+        lambda ids: numbers(T * K).index_put((order_of(ids),), torch.arange(1).expand(T * K)), None),
+    "the inverse in every row": (
+        lambda ids: numbers(T * K, T * K).index_put((order_of(ids),), torch.arange(T * K)), None),
     "the inverse in one column each": (
         lambda ids: aten.index_put(numbers(T * K, T * K), (None, order_of(ids)), torch.arange(T * K)), None),
     "the inverse at other numbers, too": (

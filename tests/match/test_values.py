@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support import rewritten
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.nn import functional as F
@@ -11,6 +13,7 @@ from tracing import E, H, I, K, T, chosen, codes_of, engine_of, fact_of, said, t
 
 from moe_compile.match import values
 from moe_compile.match.facts import names
+from moe_compile.match.nodes import writes
 
 aten = torch.ops.aten
 
@@ -94,6 +97,13 @@ BORDERS = {
 def test_borders(name):
     program, others, expected = BORDERS[name]
     assert said(program, **others) == expected
+
+
+def test_the_bias_of_one_expert_as_a_row():
+    """A matrix of one row is no stack of biases where there are no experts yet."""
+    fact = fact_of(lambda x, parameter, bias_parameter: F.linear(x, parameter) + bias_parameter.squeeze(0),
+                   x=tokens(T, H), parameter=tokens(I, H), bias_parameter=tokens(1, I))  # fmt: skip
+    assert fact.expr[0] == "bias" and fact.slots[1].weight.source == "one"
 
 
 def unknown(*shape, at):
@@ -216,6 +226,21 @@ def step(function):
     return lambda x, parameter: function(F.linear(x, parameter))
 
 
+@pytest.mark.parametrize("function", [lambda y: y.mul_(2.0), lambda y: y.neg_(), lambda y: F.silu(y, inplace=True)])
+def test_steps_in_place_are_written_out_of_place(function):
+    """Other steps may read the same value: nothing may be written over it."""
+    fact = fact_of(step(function), x=tokens(T, H), parameter=tokens(I, H))
+    assert fact.expr[0] == "op" and not fact.expr[1].overloadpacket.__name__.endswith("_")
+
+
+LIBRARY = torch.library.Library("moe_compile_tests", "FRAGMENT")
+for schema in ("blend(Tensor x, Tensor[] others) -> Tensor", "ramp(int n, *, Device? device=None) -> Tensor"):
+    LIBRARY.define(schema, tags=(torch.Tag.pointwise,))
+LIBRARY.impl("blend", lambda x, others: torch.empty_like(x), "CompositeExplicitAutograd")
+LIBRARY.impl("ramp", lambda n, device=None: torch.zeros(n, device=device), "CompositeExplicitAutograd")
+LIBRARY.define("double_all(Tensor[](a!) xs) -> Tensor[](a!)")
+
+
 STEPS = {
     "a function": (step(F.silu), {}, "Val"),
     "random numbers": (step(lambda y: F.rrelu(y, training=True)), {}, None),
@@ -223,6 +248,9 @@ STEPS = {
     "a value and its transpose": (
         step(lambda y: y * y.t()), {"x": tokens(I, H)}, None),
     "values of two inputs": (two(torch.mul), {"y": tokens(T, H)}, "MC207"),
+    "a step of its own with a list of values": (
+        two(lambda y, z: torch.ops.moe_compile_tests.blend(y, [z])), {"y": tokens(T, H)}, None),
+    "a step of its own without values": (lambda x: torch.ops.moe_compile_tests.ramp(x.shape[0]), {}, None),
     "the router weight before a function": (
         lambda x, parameter, ids: F.silu(weighted(F.linear(x, parameter), ids)), {}, "MC302"),
 }  # fmt: skip
@@ -232,6 +260,11 @@ STEPS = {
 def test_steps(name):
     program, others, expected = STEPS[name]
     assert said(program, **others) == expected
+
+
+def test_writes_in_place():
+    ops = torch.ops.moe_compile_tests
+    assert writes(aten.add_.Tensor) and not writes(ops.blend.default) and not writes(ops.double_all.default)
 
 
 # --- rows of values -------------------------------------------------------------------------------------
@@ -250,3 +283,53 @@ def test_rows_of_a_weighted_value_are_unknown():
 
     inputs = dict(x=tokens(T, H), ids=chosen(T, K), parameter=tokens(I, H))
     assert fact_of(program, **inputs) is None and codes_of(program, **inputs) == []
+
+
+# --- whole layers and their numbers ---------------------------------------------------------------------
+
+
+class Layer(nn.Module):
+    def __init__(self, program):
+        super().__init__()
+        torch.manual_seed(0)
+        self.program = program
+        self.scores, self.biases = nn.Parameter(torch.randn(E, H)), nn.Parameter(torch.randn(E, I))
+        self.up, self.down = (nn.Parameter(torch.randn(E, *shape) / 4) for shape in ((I, H), (H, I)))
+
+    def forward(self, x):
+        return self.program(self, x, *F.linear(x, self.scores).softmax(-1).topk(K))
+
+    def loop(self, x, w, ids, middle):
+        out = torch.zeros_like(x)
+        for e in range(E):
+            token, slot = torch.where(ids == e)
+            inner = middle(F.linear(x[token], self.up[e]), e)
+            out.index_add_(0, token, F.linear(inner, self.down[e]) * w[token, slot, None])
+        return out
+
+
+def doubled_in_place(y, e):
+    before = y.clone()
+    return F.silu(y.mul_(2.0)) * before
+
+
+def of_some_tokens(m, x, w, ids):
+    w, ids = w[1:5], ids[1:5]
+    inner = F.silu(torch.einsum("tkih,th->tki", m.up[ids], x[1:5]))
+    return (torch.einsum("tki,tkhi->tkh", inner, m.down[ids]) * w[..., None]).sum(1)
+
+
+LAYERS = {
+    "a step in place beside the value before it": lambda m, *routed: m.loop(*routed, doubled_in_place),
+    "biases as rows": lambda m, *routed: m.loop(*routed, lambda y, e: F.silu(y + m.biases[e : e + 1].squeeze(0))),
+    "some tokens of a top-k": of_some_tokens,
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers(name):
+    model, x = Layer(LAYERS[name]), torch.randn(T, H)
+    outcome = rewritten(model, x)
+    assert outcome.codes == [None] and outcome.ops
+    with torch.no_grad():
+        torch.testing.assert_close(outcome.out, model(x))

@@ -35,6 +35,8 @@ VIEWS = {
     "hits as int64": (lambda ids: aten._unique2(ids)[0].to(torch.int64), "Hits"),
     "hits as float": (lambda ids: aten._unique2(ids)[0].to(torch.float32), None),
     "an unknown tensor, permuted": (lambda x: x.permute(1, 0), None),
+    "an unknown tensor, repeated": (lambda x: x.repeat(2, 1), None),
+    "an unknown tensor, in halves": (lambda x: x.chunk(2, 1)[0], None),
     "a mask, permuted": (lambda ids: (ids == 1).permute(1, 0), "Gate"),
     "a mask, each element thrice": (lambda ids: (ids == 1).repeat_interleave(3), None),
     "a flat mask, each element thrice": (lambda ids: (ids == 1).flatten().repeat_interleave(3), "Gate"),
@@ -55,6 +57,8 @@ VIEWS = {
     "two lanes of split features": (lambda x, parameter: split_features(x, parameter)[:, :2], None),
     "one token of split features": (lambda x, parameter: split_features(x, parameter)[:1], None),
     "a number of a parameter": (lambda bias_parameter: bias_parameter[0], None),
+    "a row of a parameter in another precision": (lambda stack_parameter: stack_parameter[1].double(), None),
+    "a row of a parameter in its own precision": (lambda stack_parameter: stack_parameter[1].to(torch.float32), "Wt"),
     "a row of a parameter": (lambda biases_parameter: biases_parameter[0], "Wt"),
     "a complex constant": (lambda ids: torch.full((T, E), 1j), None),
     "a complex fill": (lambda ids: torch.zeros(T, E, dtype=torch.complex64).fill_(1j), None),
@@ -107,6 +111,8 @@ UNKNOWN = {
     "halves of unknown tokens": (lambda ids: (ids == 1).chunk(2, 0)[0], {"ids": 0}),
     "a part of unknown width": (
         lambda x, parameter, ids: F.linear(x, parameter).split([ids.shape[0], I - ids.shape[0]], -1)[0], {"ids": 0}),
+    "the counts of unknown experts": (
+        lambda ids, x: ids.flatten().bincount(minlength=E)[: x.shape[0] - T], {"x": 0}),
     "an unknown column of coordinates": (
         lambda ids, x: torch.select((ids == 1).nonzero(), 1, x.shape[0] - T), {"x": 0}),
 }  # fmt: skip

@@ -47,7 +47,14 @@ import moe_compile.backend  # noqa: E402, F401
 
 RECORDER = Recorder()
 support.rewritten = RECORDER  # type: ignore[assignment]  # before any test module takes its own name for it
-TESTS = ("tests/near_misses", "tests/patterns", "tests/match", "tests/loops")
+TESTS = (
+    "tests/near_misses",
+    "tests/patterns",
+    "tests/match",
+    "tests/loops",
+    "tests/test_wrong_meanings.py",
+    "tests/test_wrong_rewrites.py",
+)
 FEW = 100  # a guard that speaks in more tests is not tried with those that need Dynamo every time
 SECONDS = 60  # of this process: a replay that takes longer has lost its way, which a test would show
 
