@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from torch import Tensor, fx
 
 from .canonical import value
-from .match.facts import refuse, same
+from .match.facts import refuse
+from .match.labels import same
 
 
 def memory_order(node: fx.Node) -> tuple[int, ...]:

@@ -16,7 +16,8 @@ from .layout import is_row_major, order_of_result
 from .legality import Region, is_size_check
 from .loops import marks
 from .match.expert import Handle
-from .match.facts import Leaf, refuse, same
+from .match.facts import Leaf, refuse
+from .match.labels import same
 from .match.layer import Found
 from .match.nodes import writes
 from .ops.schema import BELOW_AUTOGRAD

@@ -12,7 +12,8 @@ from . import legality, torch_compat
 from .canonical import Canonical, shape_of, tensor_inputs, value
 from .codes import CODES
 from .match.engine import Engine, Miss, ids_of
-from .match.facts import Counts, Gate, Leaf, Picked, Sum, Val, same
+from .match.facts import Counts, Gate, Leaf, Picked, Sum, Val
+from .match.labels import same
 from .match.layer import chosen_from
 from .match.slots import root_of
 from .report import REFUSED, Site

@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from moe_compile.canonical import shape_of, value
 from moe_compile.match.engine import Engine, Rules
 from moe_compile.match.facts import (
-    Atom,
     Counts,
     Gate,
     Index,
@@ -30,11 +29,9 @@ from moe_compile.match.facts import (
     Val,
     Wt,
     counts_pairs,
-    flat_names,
-    names,
     refuse,
-    same,
 )
+from moe_compile.match.labels import Atom, flat_names, names, same
 from moe_compile.match.layer import Found, build, chosen_from
 from moe_compile.match.nodes import ID_DTYPES, argument, aten, is_ids, is_integer, normal_dim, rank
 from moe_compile.match.pairs import names_pair

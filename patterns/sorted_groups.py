@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from moe_compile.match.engine import Engine, Rules
-from moe_compile.match.facts import Sum, flat_names
+from moe_compile.match.facts import Sum
+from moe_compile.match.labels import flat_names
 from moe_compile.match.layer import Found, build
 from moe_compile.match.nodes import aten
 from moe_compile.spec import NoMatch

@@ -11,21 +11,8 @@ from torch import fx
 from ..canonical import shape_of
 from . import scatter
 from .engine import Engine, Rules
-from .facts import (
-    Dims,
-    Filled,
-    Gate,
-    Part,
-    Picked,
-    RouterWeight,
-    Sum,
-    Val,
-    flat_names,
-    refuse,
-    same,
-    size_of,
-    unify,
-)
+from .facts import Filled, Gate, Part, Picked, RouterWeight, Sum, Val, refuse
+from .labels import Dims, flat_names, same, size_of, unify
 from .nodes import argument, aten, is_float, normal_dim, rank
 from .routing import as_router_weight, pair_ids, sum_gate, top_k
 from .views import as_dtype

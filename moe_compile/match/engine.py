@@ -18,7 +18,8 @@ from torch import fx
 from ..canonical import Canonical, shape_of, tensor_inputs, value
 from ..spec import NoMatch
 from ..torch_compat import storage_of
-from .facts import Ids, Leaf, Sum, Val, same
+from .facts import Ids, Leaf, Sum, Val
+from .labels import same
 from .nodes import FLAT_VIEWS, VIEWS, aten, holds_ids, is_getitem_of_view, is_pure, mutated, writes, written
 
 Rule = Callable[["Engine", fx.Node], Any]
@@ -276,7 +277,7 @@ def _is_plain(val: Val) -> bool:
     """Whether a value stands once for every token, in their order, and nothing was weighted."""
     order = [a.name for d in val.dims for a in d]
     once = order == [*sorted(n for n in order if n.startswith("t")), "f"]
-    return once and val.gate is None and val.gate_in is None
+    return once and val.rows is None and val.gate is None and val.gate_in is None
 
 
 def ids_of(fact: Any) -> Leaf | None:

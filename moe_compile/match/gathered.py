@@ -9,22 +9,8 @@ from torch import fx
 
 from ..canonical import shape_of, value
 from .engine import Engine, Rules
-from .facts import (
-    Atom,
-    Dim,
-    Dims,
-    Index,
-    Leaf,
-    Range,
-    SortedIds,
-    Val,
-    Wt,
-    is_token,
-    names,
-    refuse,
-    same,
-    size_of,
-)
+from .facts import Index, Leaf, Range, SortedIds, Val, Wt, refuse
+from .labels import Atom, Dim, Dims, is_token, names, same, size_of
 from .nodes import argument, aten, is_float, normal_dim
 from .pairs import token_major
 from .routing import ids_dims, token_count
@@ -86,7 +72,7 @@ def per_token_by_ids(engine: Engine, node: fx.Node, source: fx.Node, ids: fx.Nod
 
 def all_by_ids(val: Val, leaf: Leaf, dims: Dims, dim: int) -> Val | None:
     """Outputs of all experts ``[t, e, f]`` gathered by the ids along ``e``: one output per pair ``[t, k, f]``."""
-    if val.gate is not None or names((val.dims[dim],)) != (("e",),):
+    if val.gate is not None or val.rows is not None or names((val.dims[dim],)) != (("e",),):
         return None
     experts = val.dims[dim][0].size
     slot = tuple(d for d in dims if names((d,)) == (("k",),))

@@ -15,23 +15,8 @@ from torch import fx
 from ..canonical import shape_of, value
 from ..loops import marks
 from .engine import Engine, Rules
-from .facts import (
-    Atom,
-    Counts,
-    Fact,
-    Filled,
-    Gate,
-    Index,
-    Leaf,
-    Rows,
-    Val,
-    counts_pairs,
-    flat_names,
-    is_rows,
-    names,
-    refuse,
-    same,
-)
+from .facts import Counts, Fact, Filled, Gate, Index, Leaf, Rows, Val, counts_pairs, refuse
+from .labels import Atom, flat_names, is_rows, names, same
 from .layer import chosen_from
 from .nodes import argument, aten, holds_ids
 from .routing import ids_dims

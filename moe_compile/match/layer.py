@@ -12,7 +12,8 @@ from ..canonical import shape_of, value
 from ..spec import Experts, MoE
 from .engine import Engine
 from .expert import experts_of
-from .facts import Gate, Leaf, Part, RouterWeight, Slot, Sum, Val, refuse, same
+from .facts import Gate, Leaf, Part, RouterWeight, Slot, Sum, Val, refuse
+from .labels import same
 from .nodes import aten, holds_ids
 from .routing import top_k
 from .stack import merge_weights

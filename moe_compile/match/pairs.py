@@ -9,7 +9,8 @@ from torch import fx
 
 from ..canonical import shape_of
 from .engine import Engine
-from .facts import Atom, Dim, Dims, Filled, Gate, Index, Rows, Unfinished, Val, is_rows, names, refuse, same, size_of
+from .facts import Filled, Gate, Index, Rows, Unfinished, Val, refuse
+from .labels import Atom, Dim, Dims, is_rows, names, same, size_of
 from .routing import token_count, top_k
 from .stack import stacked_values
 

@@ -10,29 +10,8 @@ from torch import fx
 
 from ..canonical import shape_of, value
 from .engine import Engine, Rules
-from .facts import (
-    Atom,
-    Dim,
-    Dims,
-    Filled,
-    Gate,
-    Ids,
-    Leaf,
-    Masked,
-    Range,
-    RouterWeight,
-    Sum,
-    Val,
-    fits,
-    flat_names,
-    is_token,
-    names,
-    refuse,
-    same,
-    size_of,
-    token_dims,
-    unify,
-)
+from .facts import Filled, Gate, Ids, Leaf, Masked, Range, RouterWeight, Sum, Val, refuse
+from .labels import Atom, Dim, Dims, fits, flat_names, is_token, names, same, size_of, token_dims, unify
 from .nodes import argument, aten, is_float, is_ids, is_integer, normal_dim, rank
 from .slots import dense_column, of_one_slot
 from .values import lift, x_rows

@@ -9,7 +9,8 @@ from torch import fx
 
 from ..canonical import shape_of
 from .engine import Engine
-from .facts import Dim, Dims, Gate, Index, RouterWeight, Rows, Val, refuse, same, size_of
+from .facts import Gate, Index, RouterWeight, Rows, Val, refuse
+from .labels import Dim, Dims, same, size_of
 from .nodes import is_float, rank
 from .pairs import token_major
 from .routing import token_count, top_k

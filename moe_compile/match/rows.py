@@ -10,29 +10,9 @@ from torch import fx
 from ..canonical import shape_of, value
 from . import gathered
 from .engine import Engine, Rules, ids_of
-from .facts import (
-    Atom,
-    Coordinates,
-    Dim,
-    Filled,
-    Gate,
-    Index,
-    Inverse,
-    Picked,
-    Range,
-    Rows,
-    Sum,
-    Val,
-    Wt,
-    flat_names,
-    is_rows,
-    is_token,
-    is_vector,
-    names,
-    refuse,
-    same,
-)
+from .facts import Coordinates, Filled, Gate, Index, Inverse, Picked, Range, Rows, Sum, Val, Wt, refuse
 from .gathered import by_ids, is_token_range, per_token_by_ids
+from .labels import Atom, Dim, flat_names, is_rows, is_token, is_vector, names, same
 from .nodes import argument, aten, is_float, is_integer, normal_dim, rank
 from .pairs import names_pair, token_major
 from .routing import as_router_weight, token_count, top_k

@@ -9,30 +9,9 @@ from torch import fx
 
 from ..canonical import shape_of
 from .engine import Engine, Rules
-from .facts import (
-    Atom,
-    Dims,
-    Filled,
-    Gate,
-    Index,
-    Inverse,
-    Part,
-    Picked,
-    Range,
-    RouterWeight,
-    Rows,
-    Sum,
-    Val,
-    fits,
-    flat_names,
-    is_rows,
-    is_vector,
-    names,
-    refuse,
-    same,
-    token_dims,
-)
+from .facts import Filled, Gate, Index, Inverse, Part, Picked, Range, RouterWeight, Rows, Sum, Val, refuse
 from .gathered import is_token_range
+from .labels import Atom, Dims, fits, flat_names, is_rows, is_vector, names, same, token_dims
 from .nodes import argument, aten, is_float, is_integer, normal_dim, rank, writes
 from .pairs import assign, names_pair, pair_dim, token_and_slot_dims
 from .routing import ids_dims, token_count, top_k
@@ -61,7 +40,7 @@ def _scatter_sum(engine: Engine, node: fx.Node, target: Any, dim: Any, index: An
         return None
     if not isinstance(where, Index) or not names_token(engine, where):
         raise refuse("MC207", "expert outputs are added at positions that are not the routed tokens", node)
-    if normal_dim(int(dim), rank(target)) != 0:
+    if normal_dim(int(dim), rank(target)) != 0 or rank(target) != 2:
         return None
     if where.rows != val.rows:
         raise refuse("MC207", "an expert's output is added to other rows than it was computed on", node)

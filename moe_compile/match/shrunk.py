@@ -12,7 +12,8 @@ from typing import Any
 from torch import fx
 
 from .engine import Engine
-from .facts import Gate, Leaf, Part, Rows, Slot, Sum, Val, Wt, refuse, same
+from .facts import Gate, Leaf, Part, Rows, Slot, Sum, Val, Wt, refuse
+from .labels import same
 
 
 @dataclass

@@ -16,7 +16,8 @@ from torch import fx
 
 from ..canonical import shape_of, value
 from .engine import Engine
-from .facts import Gate, Leaf, Part, RouterWeight, Rows, Sum, Val, refuse, same
+from .facts import Gate, Leaf, Part, RouterWeight, Rows, Sum, Val, refuse
+from .labels import same
 from .nodes import argument, aten, is_float, normal_dim, under_flat_views
 from .values import is_opaque
 
@@ -164,9 +165,7 @@ def _merged(engine: Engine, part: Part, ids: Leaf, slot: int, node: fx.Node) -> 
     val = part.val
     gates = [None if g is None else _all_slots(engine, g, ids, slot, node) for g in (part.gate, val.gate, val.gate_in)]
     rows = None if val.rows is None else replace(val.rows, ids=ids, slot=None, order=())
-    weights = tuple(
-        replace(s, weight=replace(s.weight, ids=ids)) if s.weight.ids is not None else s for s in val.slots
-    )
+    weights = tuple(replace(s, weight=replace(s.weight, ids=ids)) if s.weight.ids is not None else s for s in val.slots)
     bare: Val = replace(val, dims=(), rows=rows, gate=gates[1], gate_in=gates[2], slots=weights)
     return Part(bare, gates[0])
 

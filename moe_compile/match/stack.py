@@ -9,7 +9,8 @@ from torch import fx
 
 from ..canonical import shape_of
 from .engine import Engine, Rules
-from .facts import Atom, Gate, Slot, Val, Wt, names, refuse
+from .facts import Gate, Slot, Val, Wt, refuse
+from .labels import Atom, names
 from .nodes import argument, aten, normal_dim, written
 from .values import renumber
 

@@ -10,23 +10,8 @@ from torch import fx
 
 from ..canonical import shape_of
 from .engine import Engine, Rules
-from .facts import (
-    Atom,
-    Dim,
-    Dims,
-    Gate,
-    Ids,
-    Slot,
-    Sum,
-    Val,
-    Wt,
-    flat_names,
-    refuse,
-    same,
-    token_dims,
-    unify,
-    unify_dim,
-)
+from .facts import Gate, Ids, Slot, Sum, Val, Wt, refuse
+from .labels import Atom, Dim, Dims, flat_names, same, token_dims, unify, unify_dim
 from .nodes import VIEWS, argument, aten, is_float, rank
 
 _SPREADS = frozenset(
@@ -153,7 +138,7 @@ def linear_map(val: Val, val_labels: str, weight: Wt, weight_labels: str, out_la
             dims.append(v[label])
         else:
             return None
-    if outputs != 1:
+    if outputs != 1 or any(not a.name.startswith(("t", "k", "e", "r", "f", "*")) for d in dims for a in d):
         return None
     if any(label not in out_labels and label != c for label in (*v, *w)):
         return None

@@ -12,11 +12,8 @@ from torch import fx
 from ..canonical import known_size, shape_of, value
 from .engine import Engine, Rules
 from .facts import (
-    Atom,
     Coordinates,
     Counts,
-    Dim,
-    Dims,
     Fact,
     Filled,
     Gate,
@@ -30,11 +27,9 @@ from .facts import (
     Sum,
     Val,
     Wt,
-    atom,
     refuse,
-    regroup,
-    same,
 )
+from .labels import Atom, Dim, Dims, atom, regroup, same
 from .nodes import FLOATS, ID_DTYPES, argument, aten, normal_dim
 
 _COUNTING = (torch.int32, torch.int64, torch.float32, torch.float64)  # they hold every number of a row

@@ -59,7 +59,7 @@ def experts(
     kind = _kind(tensors, roles, activation, args, gated, interleaved, weight_on_input, out_dtype, path)
     layout = "separate" if w3 else ("interleaved" if interleaved else "concat") if gated else "single"
     if not kind.checked:
-        kind.experts = _check(x, topk_weights, topk_ids, w1, w3, w2, b1, b3, b2, gated, interleaved, layout)
+        kind.experts = _check(x, topk_weights, topk_ids, (w1, w3, w2, b1, b3, b2), gated, interleaved, layout)
         kind.checked = True
     count = kind.experts
     hidden, inter = x.shape[1], w2[0].shape[-1]
@@ -85,17 +85,13 @@ def _check(
     x: Tensor,
     topk_weights: Tensor,
     topk_ids: Tensor,
-    w1: Sequence[Tensor],
-    w3: Sequence[Tensor],
-    w2: Sequence[Tensor],
-    b1: Sequence[Tensor],
-    b3: Sequence[Tensor],
-    b2: Sequence[Tensor],
+    roles: Sequence[Sequence[Tensor]],
     gated: bool,
     interleaved: bool,
     layout: str,
 ) -> int:
     """The number of experts; raises where the first tensor of every role shows that something does not fit."""
+    w1, w3, w2, b1, b3, b2 = roles
     count = num_experts(w1) if w1 and w2 else 0
     sound = (
         count > 0

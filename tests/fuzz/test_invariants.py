@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_compile.match.activation import activation_of
-from moe_compile.match.facts import Atom, names, regroup, size_of, unify
+from moe_compile.match.labels import Atom, names, regroup, size_of, unify
 from moe_compile.match.polynomial import Unsupported, polynomial_of
 from moe_compile.spec import ACTIVATIONS, Activation, Experts, MoE, Weight
 

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from tracing import E, H, I, K, T, chosen, fact_of, said, tokens
 
 from moe_compile.canonical import canonicalise
-from moe_compile.match.facts import Wt, names
+from moe_compile.match.facts import Wt
+from moe_compile.match.labels import names
 from moe_compile.rewriting import facts_of
 
 

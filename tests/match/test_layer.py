@@ -12,7 +12,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.nn import functional as F
 from tracing import E, H, I, K, T, chosen, engine_of, said, tokens
 
-from moe_compile.match.facts import Atom, unify_dim
+from moe_compile.match.labels import Atom, unify_dim
 from moe_compile.match.layer import build, chosen_from, rebased
 from moe_compile.match.slots import merge_slots
 from moe_compile.spec import NoMatch

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from tracing import E, H, I, K, T, chosen, codes_of, engine_of, fact_of, said, tokens
 
 from moe_compile.match import values
-from moe_compile.match.facts import names
+from moe_compile.match.labels import names
 from moe_compile.match.nodes import writes
 
 aten = torch.ops.aten

@@ -41,13 +41,13 @@ EQUIVALENT: dict[str, str] = {
         "is_float, asked of the same, is False for whatever is no node",
     "lower._output: allows: writes(node.target)":
         "beside its write an item assignment makes only views of what it is given, and no view completes a sum",
-    "match.facts._unify_tokens: gives_up: not mine":
+    "match.labels._unify_tokens: gives_up: not mine":
         "no atom has size one, so no tokens at all are never as many as some, and with none on both sides names differ",
-    "match.facts._unify_tokens: gives_up: not theirs":
+    "match.labels._unify_tokens: gives_up: not theirs":
         "no atom has size one, so no tokens at all are never as many as some, and with none on both sides names differ",
-    "match.facts._unify_tokens: gives_up: x[:len(mine)] != mine":
+    "match.labels._unify_tokens: gives_up: x[:len(mine)] != mine":
         "a token behind other atoms is left among the rest, whose names then differ from the other side's",
-    "match.facts._unify_tokens: gives_up: y[:len(theirs)] != theirs":
+    "match.labels._unify_tokens: gives_up: y[:len(theirs)] != theirs":
         "a token behind other atoms is left among the rest, whose names then differ from the other side's",
     "match.facts.counts_pairs: allows: gate.expert is None":
         "all callers ask for an e dimension, and a gate of one expert has none: every rule that sets expert drops it",
@@ -83,6 +83,15 @@ EQUIVALENT: dict[str, str] = {
         "gathering, selecting and merging replace e where they change the source, so a weight with e is an axis",
     "patterns.grouped_mm._take_ids: gives_up: len(indices) != 1":
         "what follows wants a range or ids of one dimension, which take no second index",
+    "match.engine._is_plain: allows: val.rows is None":
+        "rows have an r dimension, or are the one row of the one token",
+    "match.gathered.all_by_ids: gives_up: val.rows is not None":
+        "token_major refuses the label of rows, and ids have none that gather could find equal",
+    "match.values.linear_map: gives_up: any((not a.name.startswith(('t', 'k', 'e', 'r', 'f', '*')) "
+    "for d in dims for a in d))":
+        "a value has one feature dimension, f (asked of the summed one) or fo with fi, a weight one w0 and one w1",
+    "match.scatter._scatter_sum: gives_up: rank(target) != 2":
+        "the operation takes a target of the rank of its source, whose rows _accumulate asks for",
     "legality._needed_elsewhere: refuses: refuse('MC203', f\"{node.name}, a step of the layer's sum, is also "
     'needed elsewhere", node)':
         "a step that reads a partial sum is a sum or a picked one, which _nothing_used_outside refuses before",
