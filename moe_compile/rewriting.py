@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import claims, legality, lower, near_miss, torch_compat
+from . import claims, legality, lower, near_miss, planning, torch_compat
 from .canonical import Canonical, canonicalise
 from .loops import effects, substitution
 from .loops import marks as loop_marks
@@ -36,7 +36,7 @@ class Result:
     """What one graph held."""
 
     sites: list[Site] = field(default_factory=list)
-    plans: list[lower.Plan] = field(default_factory=list)
+    plans: list[planning.Plan] = field(default_factory=list)
     original: fx.Graph | None = None
     broken: list[claims.Broken] = field(default_factory=list)  # what rewritten loops assumed and nobody could prove
     miss: substitution.Miss | None = None  # the nearest one, for rewritten loops
@@ -97,8 +97,8 @@ def _analyse(gm: fx.GraphModule) -> Result:
         try:
             form, found = _prove(engine, *candidates[node])
             region = legality.region_of(engine, found)
-            lower.shape_is_restorable(found)
-            plan = lower.plan(copy, found, region)
+            planning.shape_is_restorable(found)
+            plan = planning.plan_of(copy, found, region)
         except NoMatch as error:
             refused[node] = (getattr(error, "form", ""), error)
             return False

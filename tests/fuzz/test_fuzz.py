@@ -11,7 +11,7 @@ import pytest
 import torch
 from programs import accepted, is_accepted
 
-from moe_compile import lower
+from moe_compile import lower, planning
 from moe_compile.fuzz import __main__ as command
 from moe_compile.fuzz import judge as judging
 from moe_compile.fuzz.axes import AXES, Case, changed, draw, from_dict, must_match, valid
@@ -213,7 +213,7 @@ def test_the_judge_counts_misses_and_crashes(monkeypatch):
     def refuse(*_):
         raise NoMatch("MC207", "planted")
 
-    monkeypatch.setattr(lower, "plan", refuse)
+    monkeypatch.setattr(planning, "plan_of", refuse)
     verdict = judge(Case())
     assert (verdict.kind, verdict.codes) == ("miss", ["MC207"])
     assert judge(replace(Case(), mutation="the last expert is skipped")).kind == "ok"

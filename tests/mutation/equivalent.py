@@ -39,7 +39,7 @@ EQUIVALENT: dict[str, str] = {
         "a gate of a node names one expert exactly when it has no e dimension, and the expert is asked as well",
     "match.combine._add: gives_up: not isinstance(other, fx.Node)":
         "is_float, asked of the same, is False for whatever is no node",
-    "lower._output: allows: writes(node.target)":
+    "planning._output: allows: writes(node.target)":
         "beside its write an item assignment makes only views of what it is given, and no view completes a sum",
     "match.labels._unify_tokens: gives_up: not mine":
         "no atom has size one, so no tokens at all are never as many as some, and with none on both sides names differ",

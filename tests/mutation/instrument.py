@@ -175,6 +175,6 @@ class Finder(importlib.abc.MetaPathFinder):
 
 def is_matcher(name: str) -> bool:
     """The modules whose guards decide what is rewritten."""
-    return name in ("moe_compile.legality", "moe_compile.claims", "moe_compile.lower") or (
+    return name in ("moe_compile.legality", "moe_compile.claims", "moe_compile.lower", "moe_compile.planning") or (
         name.startswith(("moe_compile.match.", "moe_compile.patterns.")) and not name.endswith("_examples")
     )
