@@ -1,4 +1,4 @@
-"""``python -m moe_compile demo | explain | check | bench | doctor``."""
+"""``python -m moe_compile demo | explain | check | bench | tune | doctor``."""
 
 from __future__ import annotations
 
@@ -53,6 +53,17 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--layer", type=_sizes, default=(8, 2, 256, 512), metavar="E,K,H,I", help="default 8,2,256,512")
     bench.add_argument("--tokens", type=_numbers, default=[1, 16, 128], metavar="N,N,..", help="default 1,16,128")
     bench.add_argument("--dtype", choices=DTYPES, help="default bfloat16 on a GPU, else float32")
+    tune = command("tune", _tune, "measure kernel plans for a layer on this GPU and keep those that win")
+    tune.add_argument("--layer", type=_sizes, required=True, metavar="E,K,H,I", help="such as 128,8,2048,768")
+    tune.add_argument(
+        "--tokens", type=_numbers, default=[1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096], metavar="N,N,..",
+        help="numbers of tokens, each for those up to 1.4 times away; default 1,2,4,..,4096",
+    )  # fmt: skip
+    tune.add_argument("--dtype", choices=DTYPES[1:], default="bfloat16", help="default bfloat16")
+    tune.add_argument("--layout", default="concat", help="of gate and up: single, concat, interleaved, separate")
+    tune.add_argument("--storage", default="stacked", help="of the weights: stacked, transposed, separate")
+    tune.add_argument("--activation", default="silu", help="default silu")
+    tune.add_argument("--budget", type=int, default=60, metavar="N", help="plans per number of tokens, default 60")
     command("doctor", _doctor, "show what is installed and test that it works")
     return parser
 
@@ -180,6 +191,46 @@ def _bench(arguments: argparse.Namespace) -> int:
         name = str(dtype).removeprefix("torch.")
         print(f"E={experts} K={top_k} H={hidden} I={inner} on {device.type}, {name}")
         print(bench.table(rows))
+    return 0
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from moe_compile.config import tuned_folder
+
+    if not torch.cuda.is_available():
+        raise UsageError("tune measures on a CUDA GPU, and torch finds none here: run it on the machine that has it")
+    from moe_compile import tuning
+    from moe_compile.kernels.experts import device_of, table_of
+    from moe_compile.kernels.tuned import TableError, read
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    path = table_of(tuned_folder(), device.index)
+    try:
+        layer = tuning.layer_of(
+            arguments.layer, arguments.dtype, arguments.layout, arguments.storage, arguments.activation
+        )
+        read(path)
+    except (ValueError, TableError) as error:
+        raise UsageError(str(error)) from error
+    results = []
+    for i, tokens in enumerate(arguments.tokens, 1):
+
+        def step(tried: int, best: str, at: str = f"T={tokens} ({i} of {len(arguments.tokens)})") -> None:
+            sys.stderr.write(f"\r{at}: plan {tried} of at most {arguments.budget}, best {best}   ")
+
+        problem = tuning.Problem(layer, tokens, arguments.activation, device, device_of(device.index))
+        result = tuning.tune(problem, arguments.budget, step=step)
+        tuning.keep(path, result)
+        results.append(result)
+        sys.stderr.write("\r" + " " * 70 + "\r")
+        if not arguments.json:
+            print(result, flush=True)
+    if arguments.json:
+        print(json.dumps({"table": str(path), "results": [result.to_dict() for result in results]}, indent=2))
+    else:
+        print(f"kept in {path}; new processes use it")
     return 0
 
 

@@ -115,9 +115,18 @@ def enabled() -> bool:
 AS_WRITTEN: ContextVar[bool] = ContextVar("moe_compile_as_written", default=False)
 
 
+TUNED = f"{ENV}_TUNED"  # the folder with the tables of ``python -m moe_compile tune``
+
+
+def tuned_folder() -> str:
+    """Where tables of measured plans are kept: ``MOE_COMPILE_TUNED``, else the user's cache folder."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return os.environ.get(TUNED) or os.path.join(cache, "moe_compile", "tuned")
+
+
 def unknown_environment() -> list[str]:
     """Variables that look like ours and are not: ``MOE_COMPILE_STRCT``."""
-    known = {ENV, *(f"{ENV}_{name.upper()}" for name in NAMES)}
+    known = {ENV, TUNED, *(f"{ENV}_{name.upper()}" for name in NAMES)}
     return sorted(v for v in os.environ if v.startswith(f"{ENV}_") and v not in known)
 
 

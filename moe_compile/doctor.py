@@ -40,6 +40,7 @@ def findings() -> list[Finding]:
         _options,
         _cache_directories,
         _kernels,
+        _tables,
     ]
     out: list[Finding] = []
     for check in checks:
@@ -186,3 +187,20 @@ def _probe(device: str) -> Finding:
     if difference <= limit:
         return Finding(name, OK, f"relative error {difference:.1e}")
     return Finding(name, BAD, f"relative error {difference:.1e} > {limit:.0e}", "report this output")
+
+
+def _tables() -> list[Finding]:
+    """The measured plans for this GPU; none is no problem."""
+    if not torch.cuda.is_available():
+        return []
+    from moe_compile.kernels.experts import table_of
+    from moe_compile.kernels.tuned import TableError, read
+
+    path = table_of(config.tuned_folder(), torch.cuda.current_device())
+    try:
+        table = read(path)
+    except TableError as error:
+        fix = "delete it, or write it again with python -m moe_compile tune; until then its plans are not used"
+        return [Finding("tuned plans", BAD, str(error), fix)]
+    plans = sum(map(len, table.values()))
+    return [Finding("tuned plans", OK, f"{plans} for {len(table)} layers in {path}" if plans else f"none in {path}")]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from moe_compile import bench, cli, config, demo, doctor
 from moe_compile.demo import DenseLoop, NaiveMoE, Sample
@@ -159,6 +160,24 @@ def test_doctor_names_problems(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert cli.main(["doctor", "--json"]) == 1
     bad = {row["name"]: row["text"] for row in json.loads(capsys.readouterr().out) if row["status"] == "BAD"}
     assert "no kernel" in bad["experts op on cpu"] and "'gpu'" in bad["options"]
+
+
+def test_doctor_shows_measured_plans(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from moe_compile.kernels import experts, tuned
+    from moe_compile.kernels.config import select
+
+    path = tmp_path / "table.json"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(experts, "table_of", lambda folder, index: path)
+    assert [(f.status, f.text) for f in doctor._tables()] == [(doctor.OK, f"none in {path}")]
+    entry = tuned.Entry(select("sorted", 64, 2, 8, 64, 64, 2), 1.0, 2.0)
+    tuned.merge(path, {"a": {64: entry, 128: entry}, "b": {1: entry}})
+    assert doctor._tables()[0].text == f"3 for 2 layers in {path}"
+    path.write_text("{}")
+    assert (doctor._tables()[0].status, "tune" in doctor._tables()[0].fix) == (doctor.BAD, True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert doctor._tables() == []
 
 
 def test_doctor_notes_the_kill_switch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,10 @@ Shape legend: see ``spec.py``.
 from __future__ import annotations
 
 from functools import lru_cache
+from pathlib import Path
 
 import torch
+import triton
 from torch import Tensor
 from triton.runtime import driver
 
@@ -18,9 +20,11 @@ from .decode import decode_projection
 from .gemv import gemv_down, gemv_up
 from .grouped import gather_projection, projection_twin, sorted_projection
 from .launch import Start, once
+from .operand import Operand
 from .sort import sort_pairs
 from .tile import Projection
 from .tma import AVAILABLE, CAPABILITY
+from .tuned import Layer, Table, find, table_path
 
 
 def run(
@@ -46,11 +50,26 @@ def run(
 
 
 def plan_of(
-    ids: Tensor, experts: int, up: Projection, down: Projection, path: str | None = None, device: Device = H200
+    ids: Tensor,
+    experts: int,
+    up: Projection,
+    down: Projection,
+    path: str | None = None,
+    device: Device = H200,
+    table: Table | None = None,
 ) -> Plan:
-    """How ``run`` computes the layer: depends on shapes, strides and the alignment of stacked weights alone."""
+    """How ``run`` computes the layer: depends on shapes, strides and the alignment of stacked weights alone.
+
+    Args:
+        table: measured plans, which go before the standard ones where no path is forced.
+    """
     tokens, top_k = ids.shape
     dense = _dense(up) and _dense(down)
+    if table and path is None:
+        tma = (up.describable and device.tma, down.describable and device.tma)
+        measured = find(table, layer_of(ids, experts, up, down), tokens, dense=dense, tma=tma)
+        if measured is not None:
+            return measured
     if path is None:
         path = choose_path(tokens, top_k, experts, dense=dense)
     elif path not in PATHS:
@@ -59,6 +78,21 @@ def plan_of(
         raise ValueError("path 'gemv' needs weights with stride one along their input dimension")
     tma = (up.describable, down.describable)
     return select(path, tokens, top_k, experts, up.depth, up.columns, up.w.first.element_size(), device, tma)
+
+
+def layer_of(ids: Tensor, experts: int, up: Projection, down: Projection) -> Layer:
+    """What a table of measured plans knows a layer by."""
+    roles = [up.w, down.w] if up.up is None else [up.w, up.up, down.w]
+    forms = {_storage(role) for role in roles}
+    dtype = str(up.w.first.dtype).removeprefix("torch.")
+    storage = forms.pop() if len(forms) == 1 else "mixed"
+    return Layer(experts, ids.shape[1], up.depth, up.columns, dtype, up.epilogue.layout, storage)
+
+
+def _storage(role: Operand) -> str:
+    if role.table is not None:
+        return "separate"
+    return "stacked" if role.first.stride(2) == 1 else "transposed"
 
 
 def follow_plan(
@@ -103,6 +137,12 @@ def device_of(index: int) -> Device:
     major, _ = torch.cuda.get_device_capability(index)
     tma = AVAILABLE and torch.version.hip is None and major >= CAPABILITY
     return Device(int(properties["max_shared_mem"]), int(properties["multiprocessor_count"]), tma)
+
+
+@lru_cache(maxsize=64)
+def table_of(folder: str, index: int) -> Path:
+    """The file of measured plans for the CUDA device with this index."""
+    return table_path(folder, torch.cuda.get_device_name(index), triton.__version__)
 
 
 def run_twin(

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..config import tuned_folder
 from ..spec import Router
 from .schema import implement, num_experts
 from .tables import pointer_table
@@ -72,7 +73,7 @@ def experts(
         down = projection(_operand("w2", w2, 2, x), hidden, b=_operand("b2", b2, 1, x))
         if kind.plan is None:
             device = _kernel("experts", "device_of")(x.get_device())
-            kind.plan = _kernel("experts", "plan_of")(topk_ids, count, up, down, path, device)
+            kind.plan = _kernel("experts", "plan_of")(topk_ids, count, up, down, path, device, _table(x))
         call = kind.kernels(up.aligned, down.aligned).call()
         out: Tensor = follow(
             kind.plan, x, topk_weights, topk_ids, count, up, down, weight_on_input, out_dtype, call
@@ -264,6 +265,11 @@ def _check_device(like: Tensor, **others: Tensor) -> None:
     for name, tensor in others.items():
         if tensor.device != like.device:
             raise ValueError(f"{name} is on {tensor.device}, the activations are on {like.device}; move one of them")
+
+
+def _table(x: Tensor) -> Any:
+    """The plans that were measured on this kind of GPU, if any."""
+    return _kernel("tuned", "load")(_kernel("experts", "table_of")(tuned_folder(), x.get_device()))
 
 
 def _on(x: Tensor) -> AbstractContextManager[Any]:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from layers import Layer, relative_error
 
-from moe_compile.kernels import config, experts, operand
+from moe_compile.kernels import config, experts, operand, tuned
 from moe_compile.ops import cuda, tables
 from moe_compile.spec import Activation
 
 
 @pytest.fixture(autouse=True)
-def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def on_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def table(parts: Any, role: str) -> tuple[torch.Tensor, bool]:
         tables.check_alike(parts, role)
         made = operand.make_operand(parts, parts[0].dim())
@@ -26,6 +28,8 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "_on", lambda x: nullcontext())
     monkeypatch.setattr(cuda, "pointer_table", table)
     monkeypatch.setattr(experts, "device_of", lambda device: config.H200)
+    monkeypatch.setattr(experts, "table_of", lambda folder, device: tmp_path / "table.json")
+    tuned.load.cache_clear()
     cuda._kernel.cache_clear()
 
 
@@ -33,10 +37,24 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("separate", [False, True])
 @pytest.mark.parametrize("gated", [True, False])
 def test_against_float64(layout: str, separate: bool, gated: bool) -> None:
-    layer = Layer(
-        5, 3, 2, 12, 10, Activation("gelu", gated), layout, separate, bias=True, routing="sentinels"
-    )
+    layer = Layer(5, 3, 2, 12, 10, Activation("gelu", gated), layout, separate, bias=True, routing="sentinels")
     out = cuda.experts(*layer.op_args())  # type: ignore[arg-type]
+    assert relative_error(out, layer.truth()) < 2e-6
+
+
+def test_a_measured_plan_goes_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    layer = Layer(24, 5, 2, 12, 10, layout="separate", bias=True)
+    used = []
+    follow = experts.follow_plan
+    monkeypatch.setattr(experts, "follow_plan", lambda plan, *args: used.append(plan) or follow(plan, *args))
+    standard = config.select("sorted", 24, 2, 5, 12, 10, 4)
+    plan = replace(standard, up=replace(standard.up, group=2))
+    name = tuned.Layer(5, 2, 12, 10, "float32", "separate", "stacked").name
+    tuned.merge(tmp_path / "table.json", {name: {32: tuned.Entry(plan, 1.0, 2.0)}})
+    out = cuda.experts(*layer.op_args())  # type: ignore[arg-type]
+    cuda.experts(*layer.op_args(), path="decode")  # type: ignore[arg-type]
+    assert used[0] == plan
+    assert used[1].path == "decode"
     assert relative_error(out, layer.truth()) < 2e-6
 
 
