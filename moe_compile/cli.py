@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--layout", default="concat", help="of gate and up: single, concat, interleaved, separate")
     tune.add_argument("--storage", default="stacked", help="of the weights: stacked, transposed, separate")
     tune.add_argument("--activation", default="silu", help="default silu")
-    tune.add_argument("--budget", type=int, default=60, metavar="N", help="plans per number of tokens, default 60")
+    tune.add_argument("--budget", type=_number, default=60, metavar="N", help="plans per number of tokens, default 60")
     command("doctor", _doctor, "show what is installed and test that it works")
     return parser
 
@@ -76,6 +76,13 @@ def _numbers(text: str) -> list[int]:
     if min(numbers) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: every number must be positive")
     return numbers
+
+
+def _number(text: str) -> int:
+    numbers = _numbers(text)
+    if len(numbers) != 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be one number")
+    return numbers[0]
 
 
 def _sizes(text: str) -> tuple[int, int, int, int]:
@@ -203,7 +210,7 @@ def _tune(arguments: argparse.Namespace) -> int:
         raise UsageError("tune measures on a CUDA GPU, and torch finds none here: run it on the machine that has it")
     from moe_compile import tuning
     from moe_compile.kernels.experts import device_of, table_of
-    from moe_compile.kernels.tuned import TableError, read
+    from moe_compile.kernels.tuned import merge
 
     device = torch.device("cuda", torch.cuda.current_device())
     path = table_of(tuned_folder(), device.index)
@@ -211,8 +218,8 @@ def _tune(arguments: argparse.Namespace) -> int:
         layer = tuning.layer_of(
             arguments.layer, arguments.dtype, arguments.layout, arguments.storage, arguments.activation
         )
-        read(path)
-    except (ValueError, TableError) as error:
+        merge(path, {})  # a table that cannot be written is told before anything is measured
+    except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
     results = []
     for i, tokens in enumerate(arguments.tokens, 1):

@@ -96,4 +96,5 @@ def shape_is_restorable(found: Found, shape: Any = None) -> None:
 
 
 def alike(a: Any, b: Any) -> bool:
+    """Whether two shapes are proved to be equal."""
     return len(a) == len(b) and all(same(p, q) for p, q in zip(a, b, strict=True))

@@ -20,7 +20,7 @@ from torch import Tensor
 from .kernels import config, tuned
 from .kernels.activation import LAYOUTS, Epilogue
 from .kernels.config import Device, Plan, Tiles
-from .kernels.experts import follow_plan, run_twin
+from .kernels.experts import follow_plan, is_dense, plan_of, run_twin
 from .kernels.operand import Operand, make_operand
 from .kernels.tile import Projection
 from .spec import ACTIVATIONS
@@ -28,6 +28,7 @@ from .spec import ACTIVATIONS
 DTYPES = ("bfloat16", "float16")  # float32 runs by one fixed plan
 GAIN = 0.98  # of the standard plan's time, above which a table entry is not worth having
 FACTOR, FLOOR = 2.0, 1e-3  # a candidate's error: that often the standard plan's own, plus this
+ACCUMULATORS = 160  # registers of one thread for sums, beyond which the compiler spills
 ROUNDS = 5  # alternate measurements of the winner and the standard plan
 VALUES: dict[str, tuple[Any, ...]] = {
     "bm": (16, 32, 64, 128),
@@ -105,8 +106,8 @@ class Problem:
         logits = torch.randn(tokens, layer.experts, device=device, generator=generator)
         self.weights, self.ids = logits.softmax(-1).topk(layer.top_k)
         self.layer, self.tokens, self.limits = layer, tokens, limits
-        self.dense = layer.storage != "transposed"
-        self.tma = (self.up.describable and limits.tma, self.down.describable and limits.tma)
+        self.dense = is_dense(self.up, self.down)
+        self.tma = (self.up.describable, self.down.describable)
 
     def run(self, plan: Plan) -> Tensor:
         """The layer by a plan, ``[T, H]``."""
@@ -119,16 +120,13 @@ class Problem:
 
     def standard(self, path: str | None = None) -> Plan:
         """The plan of ``config``."""
-        shape = self.layer
-        path = path or config.choose_path(self.tokens, shape.top_k, shape.experts, dense=self.dense)
-        sizes = (shape.top_k, shape.experts, shape.hidden, shape.inter)
-        return config.select(path, self.tokens, *sizes, self.x.element_size(), self.limits, self.tma)
+        return plan_of(self.ids, self.layer.experts, self.up, self.down, path, self.limits)
 
     def starts(self) -> list[Plan]:
         """The standard plan, then those of the other paths that may win at this number of tokens."""
         first = self.standard()
         reach = {
-            "gemv": self.tokens <= 2 * config.GEMV_TOKENS,
+            "gemv": self.dense and self.tokens <= 2 * config.GEMV_TOKENS,
             "decode": self.tokens <= 256,
             "sorted": self.tokens > 16,
         }
@@ -137,41 +135,25 @@ class Problem:
 
     def fits(self, plan: Plan) -> bool:
         """Whether the device and the layer allow a plan."""
-        if not tuned.follows(plan, self.tokens, self.layer.top_k, dense=self.dense, tma=self.tma):
+        if not tuned.follows(plan, self.layer, self.tokens, self.limits, dense=self.dense, tma=self.tma):
             return False
-        size = self.x.element_size()
-        for tiles in (plan.up, plan.down) if plan.path != "gemv" else ():
-            stage = (tiles.bm + tiles.rest + tiles.wn) * tiles.bk * size
-            finished = tiles.bm * tiles.wn * size if tiles.programs else 8 * 1024
-            accumulators = (tiles.bm + tiles.rest) * tiles.wn / (32 * tiles.warps)
-            if not tuned.sound(tiles) or tiles.stages * stage + finished > self.limits.shared or accumulators > 160:
-                return False
-        return True
+        both = (plan.up, plan.down)
+        held = [(tiles.bm + tiles.rest) * tiles.wn / (32 * tiles.warps) for tiles in both]
+        return plan.path == "gemv" or (all(map(tuned.sound, both)) and max(held) <= ACCUMULATORS)
 
     def neighbours(self, plan: Plan) -> Iterator[Plan]:
         """Plans that differ from ``plan`` in one field."""
         if plan.path == "gemv":
             return
-        names = DECODE_FIELDS if plan.path == "decode" else tuple(VALUES)
-        for name in names:
-            for value in VALUES[name]:
-                roles = ("both",) if name in SHARED_FIELDS else ("up", "down")
-                for role in roles:
-                    near = replace(
-                        plan,
-                        up=_changed(plan.up, name, value) if role != "down" else plan.up,
-                        down=_changed(plan.down, name, value) if role != "up" else plan.down,
-                    )
-                    if near != plan and self.fits(near):
-                        yield near
-        if plan.path == "sorted":
-            for programs in (0, self.limits.processors):
-                for near in (
-                    replace(plan, up=replace(plan.up, programs=programs)),
-                    replace(plan, down=replace(plan.down, programs=programs)),
-                ):
-                    if near != plan and self.fits(near):
-                        yield near
+        values = {**VALUES, "programs": (0, self.limits.processors)}
+        for name in DECODE_FIELDS if plan.path == "decode" else values:
+            for value in values[name]:
+                up, down = _changed(plan.up, name, value), _changed(plan.down, name, value)
+                one_table = name in SHARED_FIELDS
+                for near in [(up, down)] if one_table else [(up, plan.down), (plan.up, down)]:
+                    found = Plan(plan.path, *near)
+                    if found != plan and self.fits(found):
+                        yield found
 
 
 def _changed(tiles: Tiles, name: str, value: Any) -> Tiles:
@@ -234,7 +216,7 @@ def tune(
                     break
         return plan, us
 
-    for start in others:
+    for start in others[:budget]:
         us = measure(start)
         if us < best_us:
             best, best_us = start, us

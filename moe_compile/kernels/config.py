@@ -180,13 +180,18 @@ def _fit(tiles: Tiles, depth: int, elements: int, shared: int) -> Tiles:
     """Steps that divide the depth (no masks in the loop) and stages that fit the shared memory."""
     if depth % tiles.bk and depth % (tiles.bk // 2) == 0 and tiles.bk > 64:
         tiles = replace(tiles, bk=tiles.bk // 2, stages=2 * tiles.stages - 2)
-    stage = (tiles.bm + tiles.rest + tiles.wn) * tiles.bk * elements
-    # a program with several tiles holds the finished one beside the stages of the next
-    finished = tiles.bm * tiles.wn * elements if tiles.programs else 8 * 1024
-    stages = min(tiles.stages, (shared - finished) // stage)
+    stage, beside = memory(tiles, elements)
+    stages = min(tiles.stages, (shared - beside) // stage)
     if stages < 2 and tiles.wn > 64:
         return _fit(replace(tiles, wn=tiles.wn // 2), depth, elements, shared)
     return replace(tiles, stages=max(1, stages))
+
+
+def memory(tiles: Tiles, elements: int) -> tuple[int, int]:
+    """Shared bytes of one pipeline stage, and of what a program holds beside its stages."""
+    stage = (tiles.bm + tiles.rest + tiles.wn) * tiles.bk * elements
+    # a program with several tiles holds the finished one beside the stages of the next
+    return stage, tiles.bm * tiles.wn * elements if tiles.programs else 8 * 1024
 
 
 def power_of_two(n: int) -> int:

@@ -64,10 +64,9 @@ def plan_of(
         table: measured plans, which go before the standard ones where no path is forced.
     """
     tokens, top_k = ids.shape
-    dense = _dense(up) and _dense(down)
+    dense, tma = is_dense(up, down), (up.describable, down.describable)
     if table and path is None:
-        tma = (up.describable and device.tma, down.describable and device.tma)
-        measured = find(table, layer_of(ids, experts, up, down), tokens, dense=dense, tma=tma)
+        measured = find(table, layer_of(ids, experts, up, down), tokens, device, dense=dense, tma=tma)
         if measured is not None:
             return measured
     if path is None:
@@ -76,7 +75,6 @@ def plan_of(
         raise ValueError(f"path {path!r} is not one of {', '.join(PATHS)}")
     elif path == "gemv" and not dense:
         raise ValueError("path 'gemv' needs weights with stride one along their input dimension")
-    tma = (up.describable, down.describable)
     return select(path, tokens, top_k, experts, up.depth, up.columns, up.w.first.element_size(), device, tma)
 
 
@@ -167,6 +165,7 @@ def run_twin(
     return combine_twin(y, position, valid, None if weight_on_input else weights, top_k, out_dtype or x.dtype)
 
 
-def _dense(projection: Projection) -> bool:
-    up = projection.weights.up
-    return projection.weights.w.inp == 1 and (up.ptr is None or up.inp == 1)
+def is_dense(*projections: Projection) -> bool:
+    """Whether every weight has stride one along its input dimension."""
+    weights = [w for p in projections for w in (p.weights.w, p.weights.up)]
+    return all(w.ptr is None or w.inp == 1 for w in weights)

@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .config import DECODE_IDS, GEMV_TOKENS, PATHS, Plan, Tiles, power_of_two
+from .config import DECODE_IDS, GEMV_TOKENS, PATHS, Device, Plan, Tiles, memory, power_of_two
 
 log = logging.getLogger("moe_compile.kernels.tuned")
 
@@ -127,7 +127,7 @@ def sound(tiles: Tiles) -> bool:
     """Whether tiles fit together (not whether a device has the memory for them)."""
     sizes = (tiles.bm, tiles.wn, tiles.bk)
     return (
-        all(16 <= size <= 512 and size == power_of_two(size) for size in sizes)
+        all(16 <= size <= 256 and size == power_of_two(size) for size in sizes)
         and tiles.warps in (1, 2, 4, 8)
         and 1 <= tiles.stages <= 16
         and tiles.tail in (0, 1, 2)
@@ -181,7 +181,9 @@ def load(path: Path) -> Table:
         return {}
 
 
-def find(table: Table, layer: Layer, tokens: int, *, dense: bool, tma: tuple[bool, bool]) -> Plan | None:
+def find(
+    table: Table, layer: Layer, tokens: int, device: Device, *, dense: bool, tma: tuple[bool, bool]
+) -> Plan | None:
     """The plan measured nearest to ``tokens``, or None where ``config`` has to choose.
 
     Args:
@@ -194,13 +196,16 @@ def find(table: Table, layer: Layer, tokens: int, *, dense: bool, tma: tuple[boo
     near = min(row, key=lambda t: (max(t, tokens) / min(t, tokens), t))
     plan = row[near].plan
     close = max(near, tokens) / min(near, tokens) <= NEAR
-    return plan if close and follows(plan, tokens, layer.top_k, dense=dense, tma=tma) else None
+    return plan if close and follows(plan, layer, tokens, device, dense=dense, tma=tma) else None
 
 
-def follows(plan: Plan, tokens: int, top_k: int, *, dense: bool, tma: tuple[bool, bool]) -> bool:
-    """Whether a call can follow a plan (arguments as in ``find``)."""
+def follows(plan: Plan, layer: Layer, tokens: int, device: Device, *, dense: bool, tma: tuple[bool, bool]) -> bool:
+    """Whether a call on a device can follow a plan (arguments as in ``find``)."""
     if plan.path == "gemv":
         return dense and tokens <= 2 * GEMV_TOKENS
-    if plan.path == "decode":
-        return power_of_two(tokens) * power_of_two(top_k) <= DECODE_IDS
-    return (tma[0] or not plan.up.tma) and (tma[1] or not plan.down.tma)
+    elements = 4 if layer.dtype == "float32" else 2
+    for tiles, described in zip((plan.up, plan.down), tma, strict=True):
+        stage, beside = memory(tiles, elements)
+        if tiles.stages * stage + beside > device.shared or (tiles.tma and not (described and device.tma)):
+            return False
+    return plan.path == "sorted" or power_of_two(tokens) * power_of_two(layer.top_k) <= DECODE_IDS

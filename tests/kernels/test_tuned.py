@@ -20,7 +20,6 @@ from moe_compile.kernels.tuned import Entry, TableError
 TILES = Tiles(32, 64, 32, 4, 2, swap=True, group=4)
 SORTED = Plan("sorted", TILES, replace(TILES, wn=128))
 LAYER = tuned.Layer(8, 2, 64, 32, "bfloat16", "concat", "stacked")
-ANY = {"dense": True, "tma": (True, True)}
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -84,7 +83,7 @@ def broken(change: Any) -> Any:
         (lambda d, c: c["up"].pop("swap"), "tiles need exactly the fields"),
         (lambda d, c: c["up"].update(bk=48), "none that the kernels can run"),
         (lambda d, c: c["up"].update(bk=8), "none that the kernels can run"),
-        (lambda d, c: c["up"].update(bk=1024), "none that the kernels can run"),
+        (lambda d, c: c["up"].update(bk=512), "none that the kernels can run"),
         (lambda d, c: c["up"].update(warps=3), "none that the kernels can run"),
         (lambda d, c: c["up"].update(stages=0), "none that the kernels can run"),
         (lambda d, c: c["up"].update(tail=3), "none that the kernels can run"),
@@ -125,7 +124,7 @@ def test_the_nearest_number_of_tokens() -> None:
     table = {LAYER.name: {t: Entry(plan, 1, 2) for t, plan in plans.items()}}
 
     def found(tokens: int, layer: tuned.Layer = LAYER) -> Plan | None:
-        return tuned.find(table, layer, tokens, **ANY)  # type: ignore[arg-type]
+        return tuned.find(table, layer, tokens, config.H200, dense=True, tma=(True, True))
 
     assert found(64) == found(50) == found(90) == plans[64]
     assert found(91) == found(128) == found(181) == plans[128]
@@ -135,18 +134,43 @@ def test_the_nearest_number_of_tokens() -> None:
     assert found(64, LAYER._replace(storage="separate")) is None
 
 
+def follows(
+    plan: Plan,
+    tokens: int,
+    top_k: int = 8,
+    device: config.Device = config.H200,
+    dense: bool = True,
+    tma: tuple[bool, bool] = (True, True),
+    dtype: str = "bfloat16",
+) -> bool:
+    layer = LAYER._replace(top_k=top_k, dtype=dtype)
+    return tuned.follows(plan, layer, tokens, device, dense=dense, tma=tma)
+
+
 def test_plans_that_a_call_cannot_follow() -> None:
     gemv, decode = replace(SORTED, path="gemv"), replace(SORTED, path="decode")
-    assert tuned.follows(gemv, 4, 8, **ANY)  # type: ignore[arg-type]
-    assert not tuned.follows(gemv, 5, 8, **ANY)  # type: ignore[arg-type]
-    assert not tuned.follows(gemv, 1, 8, dense=False, tma=(True, True))
-    assert tuned.follows(decode, 512, 8, **ANY)  # type: ignore[arg-type]
-    assert not tuned.follows(decode, 513, 8, **ANY)  # type: ignore[arg-type]
+    assert follows(gemv, 4) and not follows(gemv, 5)
+    assert not follows(gemv, 1, dense=False)
+    assert follows(decode, 512) and not follows(decode, 513)
+    assert follows(SORTED, 513, dense=False)
     for role, tma in (("up", (False, True)), ("down", (True, False))):
         described = replace(SORTED, **{role: replace(TILES, tma=True)})
-        assert tuned.follows(described, 1024, 8, **ANY)  # type: ignore[arg-type]
-        assert not tuned.follows(described, 1024, 8, dense=True, tma=tma)
-        assert tuned.follows(SORTED, 1024, 8, dense=True, tma=tma)
+        assert follows(described, 1024) and follows(SORTED, 1024, tma=tma)
+        assert not follows(described, 1024, tma=tma)
+        assert not follows(described, 1024, device=config.H200._replace(tma=False))
+
+
+@pytest.mark.parametrize("role", ["up", "down"])
+def test_plans_that_a_device_has_no_memory_for(role: str) -> None:
+    large = replace(TILES, bm=32, wn=128, bk=64, stages=5)  # 102,400 bytes in half precision, and 8 KiB beside them
+    plan = replace(SORTED, **{role: large})
+    at = config.H200._replace(shared=5 * 20_480 + 8 * 1024)
+    below = at._replace(shared=at.shared - 1)
+    for path in ("sorted", "decode"):
+        assert follows(replace(plan, path=path), 64, device=at)
+        assert not follows(replace(plan, path=path), 64, device=below)
+        assert not follows(replace(plan, path=path), 64, device=at, dtype="float32")
+    assert follows(replace(plan, path="gemv"), 1, device=below)  # its kernels have no such tiles
 
 
 @pytest.mark.parametrize(

@@ -126,10 +126,8 @@ def test_problems(layout: str, storage: str) -> None:
 
 
 def test_every_candidate_fits() -> None:
-    """At the sizes of a real layer, by arithmetic alone."""
-    p = problem(8)
-    p.layer, p.tokens, p.tma = tuned.Layer(128, 8, 2048, 768, "bfloat16", "concat", "stacked"), 4096, (True, True)
-    p.x = torch.empty(4096, 1, dtype=torch.bfloat16)
+    """In half precision and with many rows, as on a GPU; nothing runs."""
+    p = problem(4096, hidden=512, inter=256, dtype="bfloat16")
     plan = p.standard()
     assert plan.up.tma and plan.down.rows_tma
     near = list(p.neighbours(plan))
@@ -137,11 +135,15 @@ def test_every_candidate_fits() -> None:
     assert all(tuned.sound(t) for n in near for t in (n.up, n.down))
     assert all((n.up.bm, n.up.rest) == (n.down.bm, n.down.rest) for n in near)
     assert {n.down.programs for n in near} == {0, config.H200.processors}
-    p.tma = (False, False)
-    assert not any(n.up.tma or n.down.tma for n in p.neighbours(p.standard()))
     assert not list(p.neighbours(replace(plan, path="gemv")))
-    assert not p.fits(replace(plan, up=replace(plan.up, stages=9, tma=False)))  # shared memory
-    assert not p.fits(replace(plan, up=replace(plan.up, warps=4, tma=False)))  # registers
+    plain = replace(plan.up, tma=False)
+    assert p.fits(replace(plan, up=plain))
+    assert not p.fits(replace(plan, up=replace(plain, stages=9)))  # shared memory
+    assert not p.fits(replace(plan, up=replace(plain, warps=4)))  # registers
+    assert not p.fits(replace(plan, up=replace(plain, rows_tma=True)))  # not sound
+    p = problem(4096, hidden=512, inter=256, dtype="bfloat16", storage="transposed")
+    assert list(p.neighbours(p.standard()))
+    assert not any(n.up.tma or n.down.tma for n in p.neighbours(p.standard()))
 
 
 def test_results_are_kept_and_taken_back(tmp_path: Path) -> None:
@@ -201,6 +203,18 @@ def test_command_line(
         assert data["results"][0]["kept"]["path"] == "sorted"
     else:
         assert "2.0 -> 1.0 us, path sorted" in out.out and str(path) in out.out
+    ran = len(clock.ran)
     path.write_text("{}")
     assert cli.main(command) == 2
     assert "no table of format 1" in capsys.readouterr().err
+    monkeypatch.setattr(experts, "table_of", lambda folder, index: path / "below a file")
+    assert cli.main(command) == 2
+    assert str(path) in capsys.readouterr().err
+    assert len(clock.ran) == ran  # told before anything is measured
+
+
+@pytest.mark.parametrize("budget", ["0", "-3", "many", "3,4"])
+def test_a_budget_is_one_positive_number(budget: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["tune", "--layer", "8,2,64,32", "--budget", budget])
+    assert budget in capsys.readouterr().err
