@@ -4,7 +4,7 @@
                              [--after earlier.json] [--workers 2]
 
 Run from the root of the repository. The score is killed / (all mutants less those of ``equivalent.py``); the
-figures are in ``docs/mutation.md``. ``--after`` takes the kills of an earlier run for granted and tries only what
+figures are in ``docs/testing.md``. ``--after`` takes the kills of an earlier run for granted and tries only what
 survived it. Every worker takes a share of the tests and tries all mutants with it.
 """
 
