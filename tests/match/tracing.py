@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -15,6 +16,12 @@ from moe_compile.match.engine import Engine
 from moe_compile.rewriting import facts_of
 
 T, K, E, H, I = 7, 2, 4, 16, 24  # all different, so that no size passes for another
+
+# There the code of such a layer breaks Dynamo's graph: it runs as it is, with MC101.
+traces_take_along_dim = pytest.mark.skipif(
+    torch.__version__.startswith("2.11."),
+    reason="torch 2.11 cannot trace take_along_dim over a number of rows that depends on data",
+)
 
 
 def engine_of(fn: Callable[..., Any], **inputs: Any) -> tuple[Engine, fx.Node | Any]:
