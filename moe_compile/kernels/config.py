@@ -18,6 +18,7 @@ DECODE_TOKENS = 64  # up to here every hit expert's rows are found without a sor
 DECODE_TOKENS_SPARSE = 128  # the same where few rows meet in one expert
 DECODE_ROWS_SPARSE = 16.0
 TMA_ROWS = 256  # mean rows per expert from which on descriptors win
+PERMUTE_COLUMNS = 2048  # columns of the first GEMM from which on it repays that its rows are put in order
 LADDER_ROWS = 40  # the same for tiles of graded height
 DECODE_IDS = 4096  # ids that one program of the decode kernel holds in registers
 
@@ -39,10 +40,10 @@ class Tiles:
 
     ``tail`` allows the last tile of an expert to be computed at 1/2 (1) or also 1/4 (2) of ``bm``;
     ``group`` row tiles share a sweep over the columns, so that weights and rows stay in L2. ``tma``: weights
-    by descriptor, ``rows_tma``: rows too (without ``tail``: a descriptor has one height). ``programs`` > 0:
-    that many programs share all tiles. ``ladder`` (with ``tma`` and ``swap``) has tiles of 1/4, 2/4, 3/4, 4/4
-    and 5/4 of ``bm`` rows, so that one read of the weights serves up to 5/4. ``chained``: comes up while the
-    kernel before it ends (``launch``), which a long kernel does not repay.
+    by descriptor, ``rows_tma``: rows too (``tail`` at most 1), which the first GEMM needs in expert order
+    (``permute``). ``programs`` > 0: that many programs share all tiles. ``ladder`` (with ``tma`` and ``swap``)
+    has tiles of 1/4, 2/4, 3/4, 4/4 and 5/4 of ``bm`` rows, so that one read of the weights serves up to 5/4.
+    ``chained``: comes up while the kernel before it ends (``launch``), which a long kernel does not repay.
     """
 
     bm: int
@@ -123,7 +124,7 @@ def select(
         if device.tma and LADDER_ROWS < mean < TMA_ROWS and all(tma):
             up, down = _ladder()
         elif device.tma and mean >= TMA_ROWS:
-            up_tma, down_tma = _described(mean, device.processors)
+            up_tma, down_tma = _described(mean, inter, device.processors)
             up, down = up_tma if tma[0] else up, down_tma if tma[1] else down
     else:
         up, down = _decode(tokens)
@@ -156,12 +157,11 @@ def _ladder() -> tuple[Tiles, Tiles]:
     return tiles, tiles
 
 
-def _described(mean: float, processors: int) -> tuple[Tiles, Tiles]:
-    many = mean > 1024
-    return (
-        Tiles(128, 256, 64, 8, 3 if many else 4, False, 0 if many else 1, 8, tma=True, chained=False),
-        Tiles(128, 256, 64, 8, 3, False, 0, 16, tma=True, rows_tma=True, programs=processors, chained=False),
-    )
+def _described(mean: float, inter: int, processors: int) -> tuple[Tiles, Tiles]:
+    shared = Tiles(128, 256, 64, 8, 4, False, 0, 16, tma=True, rows_tma=True, programs=processors, chained=False)
+    gathered = Tiles(128, 256, 64, 8, 4, False, 1, 8, tma=True, chained=False)
+    up = shared if inter >= PERMUTE_COLUMNS else gathered
+    return up, shared if mean < 1024 else replace(shared, stages=3)
 
 
 def _small(path: str, elements: int) -> tuple[Tiles, Tiles]:
@@ -190,8 +190,8 @@ def _fit(tiles: Tiles, depth: int, elements: int, shared: int) -> Tiles:
 def memory(tiles: Tiles, elements: int) -> tuple[int, int]:
     """Shared bytes of one pipeline stage, and of what a program holds beside its stages."""
     stage = (tiles.bm + tiles.rest + tiles.wn) * tiles.bk * elements
-    # a program with several tiles holds the finished one beside the stages of the next
-    return stage, tiles.bm * tiles.wn * elements if tiles.programs else 8 * 1024
+    # a program with several tiles holds half of the finished one beside the stages of the next
+    return stage, tiles.bm * tiles.wn * elements // 2 + 256 if tiles.programs else 8 * 1024
 
 
 def power_of_two(n: int) -> int:

@@ -21,6 +21,7 @@ from torch import Tensor
 from .activation import activate_twin
 from .config import Tiles
 from .launch import PLAIN, Launch, Start, dependent, follow, once
+from .permute import permute
 from .sort import Sorted, tile_table
 from .tile import Projection, expert_tile
 from .tma import describe, describe_rows, described_tile, shared_tile, tile_rows
@@ -63,7 +64,7 @@ def _ladder(
 
 @triton.jit
 def _tile(
-    t, n_tiles, x, x_stride, xd, order, scales, offsets, tiles, out, capacity, N, D, wd, ud, W,
+    t, n_tiles, x, x_stride, xd, xh, order, scales, offsets, tiles, out, capacity, N, D, wd, ud, W,
     K: tl.constexpr, M: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, TAIL: tl.constexpr, GROUP: tl.constexpr,
     REST: tl.constexpr,
 ):  # fmt: skip
@@ -84,9 +85,9 @@ def _tile(
     elif TAIL == 0 or n > BM // 2:
         _rows(x, x_stride, xd, order, scales, out, r, n, e, tn, N, D, wd, ud, W, K, M, S, BM)
     elif TAIL == 1 or n > BM // 4:
-        _rows(x, x_stride, xd, order, scales, out, r, n, e, tn, N, D, wd, ud, W, K, M, S, BM // 2)
+        _rows(x, x_stride, xh, order, scales, out, r, n, e, tn, N, D, wd, ud, W, K, M, S, BM // 2)
     else:
-        _rows(x, x_stride, xd, order, scales, out, r, n, e, tn, N, D, wd, ud, W, K, M, S, BM // 4)
+        _rows(x, x_stride, None, order, scales, out, r, n, e, tn, N, D, wd, ud, W, K, M, S, BM // 4)
 
 
 @triton.jit(do_not_specialize=["P", "E", "capacity"])
@@ -94,6 +95,7 @@ def grouped_kernel(
     x,
     x_stride,
     xd,
+    xh,
     order,
     scales,
     offsets,
@@ -120,7 +122,8 @@ def grouped_kernel(
 ):
     """``order`` given: row ``order[s] // K`` of x; else row s of x. Writes ``out[s, :]``.
 
-    ``xd``, ``wd`` and ``ud`` are descriptors of x and of the weights, or None (see ``tma``). With PROGRAMS
+    ``xd`` and ``xh`` (of half the height), ``wd`` and ``ud`` are descriptors of x and of the weights, or None (see
+    ``tma``). With PROGRAMS
     every program takes its share of the tiles and loads the first steps of a tile while it ends the last.
     """
     columns = tl.cdiv(N, S.bn)
@@ -130,12 +133,12 @@ def grouped_kernel(
     if PROGRAMS > 0:
         for u in tl.range(t, n_tiles * columns, PROGRAMS, flatten=True):
             _tile(
-                u, n_tiles, x, x_stride, xd, order, scales, offsets, tiles, out, capacity, N, D, wd, ud, W,
+                u, n_tiles, x, x_stride, xd, xh, order, scales, offsets, tiles, out, capacity, N, D, wd, ud, W,
                 K, M, S, BM, TAIL, GROUP, REST,
             )  # fmt: skip
     elif t < n_tiles * columns:
         _tile(
-            t, n_tiles, x, x_stride, xd, order, scales, offsets, tiles, out, capacity, N, D, wd, ud, W,
+            t, n_tiles, x, x_stride, xd, xh, order, scales, offsets, tiles, out, capacity, N, D, wd, ud, W,
             K, M, S, BM, TAIL, GROUP, REST,
         )  # fmt: skip
     elif ZERO_REST:
@@ -186,10 +189,11 @@ def _launch(
 
     weight, up = describe(projection, plan) if plan.tma else (None, None)
     rows = describe_rows(x, plan.bm, plan.bk) if plan.rows_tma else None
+    half = describe_rows(x, plan.bm // 2, plan.bk) if plan.rows_tma and plan.tail else None
     experts, n, d = offsets.shape[0] - 1, projection.columns, projection.depth
     start(
-        launch, x, x.stride(0), rows, order, scales, offsets, tiles, out, pairs, experts, capacity, n, d, weight, up,
-        projection.weights,
+        launch, x, x.stride(0), rows, half, order, scales, offsets, tiles, out, pairs, experts, capacity, n, d, weight,
+        up, projection.weights,
     )  # fmt: skip
     return out
 
@@ -209,6 +213,8 @@ def gather_projection(
         scales: ``[T, K]`` router weights, if they belong on the input.
     """
     n = pairs.order.shape[0]
+    if plan.rows_tma:
+        x = permute(x, pairs.inverse, pairs.offsets, top_k, start)
     return _launch(
         x, pairs.order, scales, pairs.offsets, pairs.tiles, pairs.capacity, n, top_k, projection, plan, False, start
     )

@@ -1,9 +1,10 @@
 """Stable sort of token-expert pairs by expert, without atomics and without a host synchronisation.
 
-A counting sort in at most two launches (Knuth, TAOCP vol. 3, 5.2 D; on GPUs: Satish, Harris and Garland,
-"Designing efficient sorting algorithms for manycore GPUs", IPDPS 2009): chunks are counted, then every
-program adds up the counts of all chunks for itself, which spares a scan launch, and places its own chunk.
-Within a block of pairs the rank is the number of equal ids before: exact, hence stable and deterministic.
+A counting sort in at most three launches (Knuth, TAOCP vol. 3, 5.2 D; on GPUs: Satish, Harris and Garland,
+"Designing efficient sorting algorithms for manycore GPUs", IPDPS 2009): chunks are counted, the counts are
+added up over the chunks, and every program places its own chunk. With few chunks every program adds up the
+counts for itself, which spares the second launch. Within a block of pairs the rank is the number of equal
+ids before: exact, hence stable and deterministic.
 
 Shape legend: see ``spec.py``. Ids outside ``[0, E)`` form one more bucket, the last.
 """
@@ -22,7 +23,9 @@ from .config import power_of_two
 from .launch import Launch, Start, dependent, follow, once
 
 BLOCK = 128  # pairs whose ranks are found at once: BLOCK * BLOCK comparisons in registers
-MAX_CHUNKS = 128  # every program reads the counts of all chunks
+MAX_CHUNKS = 1024  # one program adds up the counts of all chunks for SCANNED experts
+MANY_CHUNKS = 32  # from here on that is a launch of its own
+SCANNED = 8
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,19 @@ def count_kernel(ids, counts, P, E, CHUNK: tl.constexpr, BLOCK: tl.constexpr, EP
     tl.store(counts + chunk * EP + tl.arange(0, EP), count)
 
 
+@triton.jit(do_not_specialize=["chunks"])
+def scan_kernel(counts, chunks, EP: tl.constexpr, CP: tl.constexpr, SCANNED: tl.constexpr, PDL: tl.constexpr):
+    """counts[chunk, :] becomes the sum of all chunks before; counts[chunks, :], the last row, that of all."""
+    c = tl.arange(0, CP)
+    e = tl.program_id(0) * SCANNED + tl.arange(0, SCANNED)
+    at = counts + c[:, None] * EP + e[None, :]
+    here = (c < chunks)[:, None]
+    follow(PDL)
+    n = tl.load(at, mask=here, other=0)
+    tl.store(at, tl.cumsum(n, 0) - n, mask=here)
+    tl.store(counts + chunks * EP + e, tl.sum(n, 0))
+
+
 @triton.jit
 def _write_tiles(tiles, capacity, start, count, chunk, chunks, BM: tl.constexpr, REST: tl.constexpr, EP: tl.constexpr):
     """The tile table; the programs take turns at the tiles of every expert."""
@@ -104,6 +120,7 @@ def place_kernel(
     BM: tl.constexpr,
     REST: tl.constexpr,
     SINGLE: tl.constexpr,
+    SUMMED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Positions of the pairs of one chunk; program 0 writes the offsets, all share the tile table."""
@@ -113,6 +130,9 @@ def place_kernel(
     before = tl.zeros((EP,), tl.int32)
     if SINGLE:
         total = _count_chunk(ids, 0, P, E, CHUNK, BLOCK, EP)
+    elif SUMMED:
+        total = tl.load(counts + chunks * EP + e)
+        before = tl.load(counts + chunk * EP + e)
     else:
         total = tl.zeros((EP,), tl.int32)
         for c0 in range(0, chunks, ROWS):
@@ -173,14 +193,20 @@ def sort_pairs(ids: Tensor, experts: int, bm: int = 0, rest: int = 0, start: Sta
     ep = max(power_of_two(experts + 1), 32)
     counts = tiles  # a single chunk counts for itself
     if chunks > 1:
-        counts = ids.new_empty(chunks * ep, dtype=torch.int32)
+        counts = ids.new_empty((chunks + 1) * ep, dtype=torch.int32)
         counting = {"CHUNK": chunk, "BLOCK": BLOCK, "EP": ep}
         start(
             lambda: Launch(count_kernel, (chunks,), {**counting, **dependent(ids)}), ids, counts, pairs, experts
         )
+    scanned = chunks > MANY_CHUNKS
+    if scanned:
+        scanning = {"EP": ep, "CP": power_of_two(chunks), "SCANNED": SCANNED}
+        grid = (ep // SCANNED,)
+        start(lambda: Launch(scan_kernel, grid, {**scanning, "num_warps": 8, **dependent(ids)}), counts, chunks)
 
     def place() -> Launch:
-        table = {"ROWS": max(1, 4096 // ep), "BM": bm, "REST": rest, "SINGLE": chunks == 1}
+        summing = {"ROWS": max(1, 4096 // ep), "SINGLE": chunks == 1, "SUMMED": scanned}
+        table = {**summing, "BM": bm, "REST": rest}
         constants = {"CHUNK": chunk, "BLOCK": BLOCK, "EP": ep, **table}
         return Launch(place_kernel, (chunks,), {**constants, "num_warps": 8, **dependent(ids)})
 

@@ -83,7 +83,7 @@ def described_tile(
     x,  # rows of activations [.., D]
     x_stride,
     x_row,  # [BM] int64, a valid row of x even where not ok
-    xd,  # None, or the descriptor of x
+    xd,  # None, or the descriptor of x, whose rows are then in sorted order
     first,  # the first row, with xd
     scales,
     pair,

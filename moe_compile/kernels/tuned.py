@@ -135,7 +135,7 @@ def sound(tiles: Tiles) -> bool:
         and tiles.programs >= 0
         and tiles.evict in ("", "evict_first", "evict_last")
         and tiles.bm >> tiles.tail >= 16
-        and (not tiles.rows_tma or (tiles.tma and tiles.tail == 0 and not tiles.ladder))
+        and (not tiles.rows_tma or (tiles.tma and tiles.tail <= 1 and not tiles.ladder))
         and (not tiles.ladder or (tiles.tma and tiles.swap and tiles.tail == 0 and tiles.bm >= 64))
     )
 

@@ -19,7 +19,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from moe_compile.kernels import combine, decode, experts, gemv, grouped, launch, route, sort
+from moe_compile.kernels import combine, decode, experts, gemv, grouped, launch, permute, route, sort
 from moe_compile.kernels.activation import Epilogue
 from moe_compile.kernels.config import select
 from moe_compile.kernels.operand import Operand
@@ -112,7 +112,7 @@ def pieces() -> None:
 
 if __name__ == "__main__":
     driver.set_active(Driver())
-    for module in (combine, decode, gemv, grouped, route, sort):
+    for module in (combine, decode, gemv, grouped, permute, route, sort):
         module.dependent = lambda _: launch.DEPENDENT
     print("triton", triton.__version__)
     for name in sys.argv[1:] or CASES:

@@ -20,8 +20,8 @@ def test_sm90() -> None:
     assert result.returncode == 0, result.stderr[-3000:]
     lines = [line.split() for line in result.stdout.splitlines()[1:]]
     assert {line[1] for line in lines} == {
-        "gemv_up_kernel", "gemv_down_kernel", "decode_kernel", "count_kernel", "place_kernel",
-        "grouped_kernel", "combine_kernel", "tiles_kernel", "invert_kernel", "route_kernel",
+        "gemv_up_kernel", "gemv_down_kernel", "decode_kernel", "count_kernel", "scan_kernel", "place_kernel",
+        "permute_kernel", "grouped_kernel", "combine_kernel", "tiles_kernel", "invert_kernel", "route_kernel",
     }  # fmt: skip
     for case, kernel, *counts in lines:
         shared, tensor_core, descriptors, fma, sub = map(int, counts)

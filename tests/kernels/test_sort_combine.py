@@ -1,14 +1,18 @@
-"""Sort, tile table, grouped linear and combine against their twins."""
+"""Sort, tile table, permutation, grouped linear and combine against their twins."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
-from moe_compile.kernels import combine, grouped
+from moe_compile.kernels import combine, grouped, launch
 from moe_compile.kernels import sort as sorting
 from moe_compile.kernels.config import Tiles
 from moe_compile.kernels.operand import make_operand
+from moe_compile.kernels.permute import permute, permute_twin
 from moe_compile.kernels.tile import Projection
 
 
@@ -51,9 +55,36 @@ def test_sort_with_several_blocks_per_chunk(monkeypatch: pytest.MonkeyPatch) -> 
     check_table(ours.tiles, ours.capacity, twin.tiles)
 
 
+@pytest.mark.parametrize("experts", [5, 40])
+def test_sort_of_many_chunks(monkeypatch: pytest.MonkeyPatch, experts: int) -> None:
+    """Their counts are added up by a launch of its own."""
+    launched: list[str] = []
+
+    def start(make: Callable[[], launch.Launch], *args: Any) -> None:
+        launched.append(make().kernel.__name__)
+        launch.once(make, *args)
+
+    monkeypatch.setattr(sorting, "MANY_CHUNKS", 3)
+    ids = make_ids(300, 3, experts, "sentinels")
+    ours, twin = sorting.sort_pairs(ids, experts, 16, start=start), sorting.sort_pairs_twin(ids, experts, 16)
+    assert launched == ["count_kernel", "scan_kernel", "place_kernel"]
+    assert torch.equal(ours.order, twin.order) and torch.equal(ours.inverse, twin.inverse)
+    assert torch.equal(ours.offsets, twin.offsets)
+    check_table(ours.tiles, ours.capacity, twin.tiles)
+
+
 def test_sort_nothing() -> None:
     ours = sorting.sort_pairs(torch.empty(0, 4, dtype=torch.int64), 3, 16)
     assert ours.order.numel() == 0 and ours.offsets.tolist() == [0, 0, 0, 0] and ours.capacity == 0
+
+
+@pytest.mark.parametrize(("tokens", "top_k", "hidden"), [(0, 2, 8), (1, 1, 5), (7, 3, 19), (9, 17, 20)])
+def test_permute(tokens: int, top_k: int, hidden: int) -> None:
+    pairs = sorting.sort_pairs_twin(make_ids(tokens, top_k, 4, "sentinels"), 4)
+    wide = torch.randn(tokens, hidden + 3, generator=torch.Generator().manual_seed(3))
+    ours = permute(wide[:, :hidden], pairs.inverse, pairs.offsets, top_k)
+    twin, valid = permute_twin(wide[:, :hidden], pairs.order, top_k), int(pairs.offsets[4])
+    assert ours.shape == twin.shape and torch.equal(ours[:valid], twin[:valid])
 
 
 @pytest.mark.parametrize(("swap", "tail"), [(False, 0), (True, 0), (True, 2), (False, 1)])

@@ -1,0 +1,107 @@
+"""Every kernel once on small layers, for NVIDIA's checkers: ``compute-sanitizer --tool memcheck python sanitize.py``.
+
+Run it with ``PYTORCH_NO_CUDA_MEMORY_CACHING=1``, so that every tensor is an allocation of its own and a byte past its
+end is found. Each case is compared with float64 too; one line per case, the exit status is 1 if any is off.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
+from layers import Layer, relative_error
+
+from moe_compile.kernels import grouped
+from moe_compile.kernels.config import Plan, Tiles
+from moe_compile.kernels.experts import follow_plan, plan_of
+from moe_compile.kernels.launch import Launch
+from moe_compile.kernels.route import route
+from moe_compile.spec import Activation, Router
+
+BF16 = torch.bfloat16
+MAX_ERROR = {torch.float32: 1e-5, BF16: 1e-2}
+POINTERS = Tiles(64, 128, 64, 4, 3, swap=True, tail=2, group=2)
+WIDE = Tiles(64, 128, 64, 4, 3, swap=False, group=2, tma=True)
+LADDER = Tiles(64, 128, 64, 4, 3, swap=True, group=2, tma=True, ladder=True)
+ROWS = Tiles(64, 128, 64, 4, 3, swap=False, group=2, tma=True, rows_tma=True)
+SHARED = Tiles(64, 128, 64, 4, 3, swap=False, group=2, tma=True, rows_tma=True, programs=7)
+TAILED = Tiles(64, 128, 64, 4, 3, swap=False, tail=1, group=2, tma=True, rows_tma=True)
+PLANS = {"pointers": POINTERS, "wide": WIDE, "ladder": LADDER, "rows": ROWS, "shared": SHARED, "tailed": TAILED}
+FORMS: dict[str, dict[str, Any]] = {
+    "stacked": {},
+    "separate, biases": {"separate": True, "bias": True},
+    "interleaved": {"layout": "interleaved", "bias": True},
+    "two weights": {"layout": "separate"},
+    "not gated": {"activation": Activation(gated=False)},
+    "odd sizes": {"H": 150, "I": 77},
+    "transposed": {"transposed": True},
+    "float32": {"dtype": torch.float32},
+    "sentinels": {"routing": "sentinels", "weight_on_input": True},
+}
+
+
+def case(tokens: int, **form: Any) -> Layer:
+    return Layer(**{"T": tokens, "E": 5, "K": 2, "H": 160, "I": 136, "dtype": BF16, "device": "cuda", **form})
+
+
+def seen(launched: set[str]) -> Callable[..., None]:
+    """Launches, and keeps the names of the kernels."""
+
+    def start(make: Callable[[], Launch], *args: Any) -> None:
+        kernel, grid, constants = make()
+        launched.add(kernel.__name__)
+        kernel[grid](*args, **constants)
+
+    return start
+
+
+def off(label: str, ours: Tensor, truth: Tensor) -> bool:
+    error, limit = relative_error(ours, truth), MAX_ERROR[ours.dtype]
+    print(f"{label}: error {error:.1e}", flush=True)
+    return not error < limit
+
+
+def main() -> int:
+    launched: set[str] = set()
+    start, wrong = seen(launched), []
+
+    def check(label: str, layer: Layer, plan: Plan | None = None, path: str | None = None) -> None:
+        up, down = layer.projections()
+        chosen = plan or plan_of(layer.ids, layer.E, up, down, path)
+        args = (layer.x, layer.weights, layer.ids, layer.E, up, down, layer.weight_on_input, None, start)
+        if off(f"{label}, path {chosen.path}", follow_plan(chosen, *args), layer.truth()):
+            wrong.append(label)
+
+    for label, form in FORMS.items():
+        for path, tokens in (("gemv", 2), ("decode", 19), ("sorted", 150)):
+            if path != "gemv" or not form.get("transposed"):
+                check(label, case(tokens, **form), path=path)
+    for label, tiles in PLANS.items():
+        check(label, case(331), Plan("sorted", tiles, tiles))
+    check("many chunks", case(2500, K=4), Plan("sorted", POINTERS, POINTERS))
+    layer = case(40)
+    down = layer.projections()[1]
+    rows = torch.randn(50, 136, device="cuda").to(BF16)
+    offsets = torch.tensor([0, 7, 7, 20, 41, 43], device="cuda").int()
+    expert = torch.searchsorted(offsets.long(), torch.arange(50, device="cuda"), right=True) - 1
+    twin = grouped.projection_twin(rows, torch.where(expert < 5, expert, -1), down, None)
+    if off("grouped linear", grouped.grouped_linear(rows, offsets, down, POINTERS), twin):
+        wrong.append("grouped linear")
+    logits = torch.randn(33, 40, device="cuda")
+    ours, theirs = route(logits, 3, Router(), torch.float32, start), Router().reference(logits, 3, torch.float32)
+    if off("router", ours[0], theirs[0]) or not torch.equal(ours[1], theirs[1]):
+        wrong.append("router")
+    torch.cuda.synchronize()
+    print("kernels:", ", ".join(sorted(launched)))
+    print("wrong:", ", ".join(wrong) or "none")
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
