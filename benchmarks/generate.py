@@ -5,7 +5,8 @@
 The shapes of published models with random weights and as many layers as ``--layers`` says; no hub. Prefill is one
 forward of ``--prompt`` tokens under ``torch.compile``, eager launches. Decoding is ``generate()`` with a static cache,
 which compiles one step with CUDA graphs (``mode="reduce-overhead"``) by itself; only the backend differs. Before
-anything is timed both must choose the same next tokens where the original is sure of them.
+anything is timed both must choose the same next tokens where the original is sure of them. A first phase runs all
+processes side by side, so that the timed ones find warm caches.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from statistics import median
@@ -127,6 +129,27 @@ def table(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"columns": ["model", "", *(f"{b}, tokens/s" for b in BACKENDS), "moe_compile / inductor"], "rows": out}
 
 
+def start(name: str, backend: str, a: argparse.Namespace, repeats: int) -> subprocess.Popen[str]:
+    """A process for one model under one backend."""
+    sizes = [f"--{n}={getattr(a, n)}" for n in ("layers", "prompt", "new")] + ["--tiny"] * a.tiny
+    command = [sys.executable, __file__, "--child", name, backend, *sizes, f"--repeats={repeats}"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen[str], timeout: float) -> tuple[dict[str, Any] | None, str]:
+    """What a process measured, or None and why."""
+    try:
+        out, err = process.communicate(timeout=max(timeout, 1))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        return None, f"more than {timeout:.0f} s"
+    found = [line for line in out.splitlines() if line.startswith(MARK)]
+    if found:
+        return json.loads(found[0][len(MARK) :]), ""
+    return None, (err.strip().splitlines() or ["no output"])[-1]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=lambda s: s.split(","), default=list(MODELS))
@@ -135,29 +158,32 @@ def main() -> int:
     parser.add_argument("--new", type=int, default=68, help="tokens that are generated")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, for a try without a GPU")
-    parser.add_argument("--timeout", type=float, default=280, help="seconds for one process")
+    parser.add_argument("--timeout", type=float, default=280, help="seconds for one process, and for the first phase")
+    parser.add_argument("--cold", action="store_true", help="leave out the parallel first phase")
     parser.add_argument("--out", type=Path, help="JSON file")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.child:
         print(MARK + json.dumps(measure(*a.child, a)))
         return 0
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    cache = tempfile.mkdtemp(prefix="moe_compile_bench_")
+    for variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        os.environ.setdefault(variable, os.path.join(cache, variable.lower()))
+    runs = [(name, backend) for name in a.models for backend in BACKENDS]
+    if not a.cold:
+        first = [start(name, backend, a, repeats=1) for name, backend in runs]
+        deadline = time.monotonic() + a.timeout
+        for process in first:
+            finish(process, deadline - time.monotonic())
     rows: list[dict[str, Any]] = []
-    passed = [f"--{n}={getattr(a, n)}" for n in ("layers", "prompt", "new", "repeats")] + ["--tiny"] * a.tiny
-    for name in a.models:
-        for backend in BACKENDS:
-            command = [sys.executable, __file__, "--child", name, backend, *passed]
-            environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-            try:
-                done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=a.timeout)
-                found = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
-                why = (done.stderr.strip().splitlines() or ["no output"])[-1]
-            except subprocess.TimeoutExpired:
-                found, why = [], f"more than {a.timeout:.0f} s"
-            failed = {"model": name, "backend": backend, "failed": why}
-            rows.append(json.loads(found[0][len(MARK) :]) if found else failed)
-            print(rows[-1], flush=True)
-    result = {"runs": rows, "table": table(rows)}
+    for name, backend in runs:
+        row, why = finish(start(name, backend, a, a.repeats), a.timeout)
+        rows.append(row or {"model": name, "backend": backend, "failed": why})
+        print(rows[-1], flush=True)
+    keys = ("gpu", "torch", "layers")
+    machine = {key: rows[0][key] for key in keys if key in rows[0]}
+    result = {"machine": machine, "runs": rows, "table": table(rows)}
     if a.out:
         a.out.parent.mkdir(parents=True, exist_ok=True)
         a.out.write_text(json.dumps(result, indent=1) + "\n")

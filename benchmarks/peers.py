@@ -28,12 +28,12 @@ class Layer:
     H: int
     I: int
 
-    def limit_ms(self, tokens: int, experts_hit: int) -> float:
-        """Physical limit on an H200 in bf16, from measured 4.30 TB/s of copies and 807 TFLOP/s."""
+    def limit_ms(self, tokens: int, experts_hit: int, copy_tbs: float, dense_tflops: float) -> float:
+        """Physical limit in bf16: the bytes that must move at the rate of a copy, or the arithmetic at a GEMM's."""
         weights = experts_hit * 3 * self.H * self.I * 2
         activations = 2 * tokens * self.H * 2 + tokens * self.E * 4
         flops = 6 * tokens * self.K * self.H * self.I
-        return max((weights + activations) / 4.30e12, flops / 807e12) * 1e3
+        return max((weights + activations) / copy_tbs, flops / dense_tflops) / 1e9
 
     def gathered_bytes(self, tokens: int) -> int:
         """What batched_mm copies: the weights of every chosen expert, for every token."""
@@ -51,7 +51,9 @@ LAYERS = {
     )
 }
 TOKENS = (1, 16, 128, 1024, 4096, 16384)
-PEERS = ("ours", "hf_grouped_c", "hf_batched_c", "hand_c", "hf_grouped", "hf_eager")
+DEFAULT_PEERS = ("ours", "hf_grouped_c", "hf_batched_c", "hand_c", "hf_grouped", "hf_eager")
+WHEEL_PEERS = ("vllm", "vllm_best", "tk")  # see wheel_peers.py
+PEERS = (*DEFAULT_PEERS, "hand_ma", *WHEEL_PEERS)
 HF_COMPILED = ("hf_grouped_c", "hf_batched_c")
 BATCHED_BYTES = 24 << 30
 
@@ -69,12 +71,23 @@ def applies(name: str, layer: Layer, tokens: int) -> bool:
     return True
 
 
+def compiles(name: str) -> bool:
+    """Whether the first call of a peer compiles something."""
+    return name in ("ours", "hand_ma", *WHEEL_PEERS) or name.endswith("_c")
+
+
 def build(name: str, layer: Layer, w1: Tensor, w2: Tensor) -> Program:
-    """The program of a peer; names that end in ``_c``, and ours, are compiled."""
+    """The program of a peer; names that end in ``_c`` or ``_ma``, and ours, go through torch.compile."""
+    if name in WHEEL_PEERS:
+        import wheel_peers  # needs Triton and an unpacked wheel
+
+        return wheel_peers.build(name, layer, w1, w2)
     if name == "ours":
         return torch.compile(_ours(layer, w1, w2), backend="moe_compile", dynamic=False)
     if name == "hand_c":
         return torch.compile(_hand(layer, w1, w2), dynamic=False)
+    if name == "hand_ma":
+        return torch.compile(_hand(layer, w1, w2), dynamic=False, mode="max-autotune-no-cudagraphs")
     implementation = {"hf_grouped": "grouped_mm", "hf_batched": "batched_mm", "hf_eager": "eager"}
     program = _hugging_face(layer, w1, w2, implementation[name.removesuffix("_c")])
     return torch.compile(program, dynamic=False) if name.endswith("_c") else program

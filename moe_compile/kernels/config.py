@@ -15,9 +15,9 @@ PATHS = ("gemv", "decode", "sorted")
 
 GEMV_TOKENS = 2  # up to here one pair per program wins; from 4 tokens on the tensor cores do
 DECODE_TOKENS = 64  # up to here every hit expert's rows are found without a sort
-DECODE_TOKENS_SPARSE = 128  # the same where few rows meet in one expert
-DECODE_ROWS_SPARSE = 16.0
-TMA_ROWS = 256  # mean rows per expert from which on descriptors win
+LADDER_ROWS = 40  # mean rows per expert from which on tiles of graded height win
+LADDER_TALL_ROWS = 80  # the same for tall ones
+TMA_ROWS = 256  # the same for tiles of one height by descriptors
 PERMUTE_COLUMNS = 2048  # columns of the first GEMM from which on it repays that its rows are put in order
 LADDER_ROWS = 40  # the same for tiles of graded height
 DECODE_IDS = 4096  # ids that one program of the decode kernel holds in registers
@@ -81,21 +81,16 @@ class Plan:
     down: Tiles
 
 
-def choose_path(tokens: int, top_k: int, experts: int, *, dense: bool = True, elements: int = 2) -> str:
-    """The path for ``tokens`` rows.
+def choose_path(tokens: int, top_k: int, dense: bool = True) -> str:
+    """The path for ``tokens`` rows; nothing here can know how they spread over the experts.
 
     Args:
         dense: every weight has stride one along its input dimension (what matrix-vector wants).
-        elements: bytes of one element.
     """
     if tokens <= GEMV_TOKENS and dense:
         return "gemv"
     ids = power_of_two(tokens) * power_of_two(top_k)
-    mean = tokens * top_k / experts
-    sparse = tokens <= DECODE_TOKENS_SPARSE and mean <= DECODE_ROWS_SPARSE
-    if ids <= DECODE_IDS and (tokens <= DECODE_TOKENS or sparse):
-        return "decode"
-    return "sorted"
+    return "decode" if tokens <= DECODE_TOKENS and ids <= DECODE_IDS else "sorted"
 
 
 @lru_cache(maxsize=4096)
@@ -122,7 +117,7 @@ def select(
         mean = tokens * top_k / experts
         up, down = _sorted(mean)
         if device.tma and LADDER_ROWS < mean < TMA_ROWS and all(tma):
-            up, down = _ladder()
+            up = down = _ladder(mean)
         elif device.tma and mean >= TMA_ROWS:
             up_tma, down_tma = _described(mean, inter, device.processors)
             up, down = up_tma if tma[0] else up, down_tma if tma[1] else down
@@ -132,6 +127,10 @@ def select(
 
 
 def _decode(tokens: int) -> tuple[Tiles, Tiles]:
+    # one tile holds all tokens, whoever they choose: an expert's weights are read once
+    if tokens > 32:
+        tiles = Tiles(64, 128, 128, 8, 4, swap=True, tail=2, evict="evict_first")
+        return tiles, tiles
     bm, tail = (16, 0) if tokens <= 16 else (32, 1)
     return (
         Tiles(bm, 128, 128, 4, 5, swap=True, tail=tail, evict="evict_first"),
@@ -140,21 +139,23 @@ def _decode(tokens: int) -> tuple[Tiles, Tiles]:
 
 
 def _sorted(mean: float) -> tuple[Tiles, Tiles]:
-    if mean <= 12:
-        return Tiles(32, 128, 128, 4, 5, True, 0, 4), Tiles(32, 128, 128, 4, 4, True, 0, 4)
-    if mean <= 40:
-        return Tiles(64, 256, 64, 8, 4, True, 1, 4), Tiles(64, 128, 64, 4, 4, True, 1, 4)
     if mean <= 256:
-        tiles = Tiles(128, 256, 64, 8, 4, True, 2, 4)
+        if mean <= LADDER_ROWS:
+            tiles = Tiles(64, 128, 128, 4, 4, swap=True, tail=2, group=4)
+        elif mean <= LADDER_TALL_ROWS:
+            tiles = Tiles(128, 128, 128, 8, 3, swap=True, tail=2, group=4)
+        else:
+            tiles = Tiles(128, 256, 64, 8, 4, swap=True, tail=2, group=4)
         return tiles, tiles
     # the last tile of an expert still matters with a few tiles each, and no longer with many
     tail = 1 if mean <= 1024 else 0
     return Tiles(128, 256, 64, 8, 3, False, tail, 16), Tiles(128, 256, 64, 8, 3, False, tail, 8)
 
 
-def _ladder() -> tuple[Tiles, Tiles]:
-    tiles = Tiles(128, 256, 64, 8, 4, swap=True, group=4, tma=True, ladder=True)
-    return tiles, tiles
+def _ladder(mean: float) -> Tiles:
+    if mean <= LADDER_TALL_ROWS:
+        return Tiles(64, 128, 128, 4, 4, swap=True, group=2, tma=True, ladder=True)
+    return Tiles(128, 256, 64, 8, 4, swap=True, group=4, tma=True, ladder=True)
 
 
 def _described(mean: float, inter: int, processors: int) -> tuple[Tiles, Tiles]:

@@ -112,10 +112,16 @@ def decode_kernel(
                     x, x_stride, ids, scales, out, mine, hits, first, rows, e, tn, once, N, D, W,
                     K, TP, KP, BY_TOKEN, M, S, BM,
                 )  # fmt: skip
+        elif TAIL == 1 or rows > BM // 4:
+            if rows > 0:
+                _rows(
+                    x, x_stride, ids, scales, out, mine, hits, 0, rows, e, tn, once, N, D, W,
+                    K, TP, KP, BY_TOKEN, M, S, BM // 2,
+                )  # fmt: skip
         elif rows > 0:
             _rows(
                 x, x_stride, ids, scales, out, mine, hits, 0, rows, e, tn, once, N, D, W,
-                K, TP, KP, BY_TOKEN, M, S, BM // 2,
+                K, TP, KP, BY_TOKEN, M, S, BM // 4,
             )  # fmt: skip
 
 

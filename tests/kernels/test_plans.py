@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from layers import Layer, relative_error
 
 from moe_compile.kernels import config, experts
@@ -27,13 +28,28 @@ def test_forced_plans(monkeypatch: pytest.MonkeyPatch, layout: str, swap: bool, 
     assert relative_error(ours, layer.truth()) < 2e-6
 
 
+@pytest.mark.parametrize("tail", [0, 1, 2])
+def test_heights_without_a_sort(monkeypatch: pytest.MonkeyPatch, tail: int) -> None:
+    """Experts with every height of a tile, one with two tiles, one with none."""
+    tiles = Tiles(64, 32, 16, 4, 2, swap=True, tail=tail)
+    monkeypatch.setattr(experts, "select", lambda *args: Plan("decode", tiles, tiles))
+    layer = Layer(188, 9, 1, 17, 20)
+    rows = [1, 16, 17, 0, 32, 33, 64, 25]
+    layer.ids = torch.repeat_interleave(torch.arange(8), torch.tensor(rows))[:, None].flip(0)
+    one = torch.cat([layer.ids[:100] * 0 + 8, layer.ids[100:]])  # more rows than one tile has
+    for ids in (layer.ids, one):
+        layer.ids = ids
+        ours = experts.run(layer.x, layer.weights, layer.ids, 9, *layer.projections(), path="decode")
+        assert relative_error(ours, layer.truth()) < 2e-6
+
+
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("elements", [2, 4])
 @pytest.mark.parametrize("shared", [config.H200.shared, 99 * 1024])
 def test_plans_fit(name: str, elements: int, shared: int) -> None:
     E, K, H, I = LAYERS[name]
     for tokens in (1, 2, 3, 16, 64, 65, 128, 129, 512, 1024, 4096, 16384):
-        path = config.choose_path(tokens, K, E)
+        path = config.choose_path(tokens, K)
         device = config.H200._replace(shared=shared)
         plan = config.select(path, tokens, K, E, H, I, elements, device, (True, True))
         assert (plan.up.bm, plan.up.rest) == (plan.down.bm, plan.down.rest)
@@ -56,10 +72,15 @@ def test_descriptors_change_no_sum(hidden: int, inter: int) -> None:
 
 
 def test_paths() -> None:
-    assert config.choose_path(1, 8, 128) == "gemv"
-    assert config.choose_path(1, 8, 128, dense=False) == "decode"
-    assert config.choose_path(64, 2, 8) == "decode"
-    assert config.choose_path(128, 8, 64) == "decode"
-    assert config.choose_path(128, 2, 8) == "sorted"
-    assert config.choose_path(64, 128, 128) == "sorted"  # more ids than one program should hold
-    assert config.choose_path(4096, 8, 128) == "sorted"
+    assert config.choose_path(1, 8) == "gemv"
+    assert config.choose_path(1, 8, dense=False) == "decode"
+    assert config.choose_path(64, 2) == "decode"
+    assert config.choose_path(65, 8) == "sorted"
+    assert config.choose_path(64, 128) == "sorted"  # more ids than one program should hold
+
+
+@pytest.mark.parametrize("tokens", [3, 16, 17, 32, 33, 64])
+def test_one_expert_reads_its_weights_once(tokens: int) -> None:
+    """Without a sort nobody knows the routing before: the tile must hold all tokens."""
+    plan = config.select("decode", tokens, 2, 8, 4096, 14336, 2)
+    assert plan.up.bm >= tokens and plan.down.bm >= tokens
