@@ -17,11 +17,14 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 from layers import Layer, relative_error
 
+import moe_compile.ops  # noqa: F401  (registers torch.ops.moe_compile)
 from moe_compile.kernels import grouped
+from moe_compile.kernels.combine import combine_twin
 from moe_compile.kernels.config import Plan, Tiles
 from moe_compile.kernels.experts import follow_plan, plan_of
 from moe_compile.kernels.launch import Launch
 from moe_compile.kernels.route import route
+from moe_compile.kernels.sort import sort_pairs
 from moe_compile.spec import Activation, Router
 
 BF16 = torch.bfloat16
@@ -79,7 +82,7 @@ def main() -> int:
             wrong.append(label)
 
     for label, form in FORMS.items():
-        for path, tokens in (("gemv", 2), ("decode", 19), ("sorted", 150)):
+        for path, tokens in (("gemv", 2), ("decode", 19), ("decode", 60), ("sorted", 150)):
             if path != "gemv" or not form.get("transposed"):
                 check(label, case(tokens, **form), path=path)
     for label, tiles in PLANS.items():
@@ -93,6 +96,12 @@ def main() -> int:
     twin = grouped.projection_twin(rows, torch.where(expert < 5, expert, -1), down, None)
     if off("grouped linear", grouped.grouped_linear(rows, offsets, down, POINTERS), twin):
         wrong.append("grouped linear")
+    pairs = sort_pairs(layer.ids, 5, start=start)
+    rows, weights = torch.randn(80, 160, device="cuda").to(BF16), torch.rand(40, 2, device="cuda")
+    ours = torch.ops.moe_compile.combine(rows, pairs.order, pairs.offsets, weights, 2)
+    twin = combine_twin(rows, pairs.inverse, pairs.inverse >= 0, weights, 2, BF16)
+    if off("combine", ours, twin):
+        wrong.append("combine")
     logits = torch.randn(33, 40, device="cuda")
     ours, theirs = route(logits, 3, Router(), torch.float32, start), Router().reference(logits, 3, torch.float32)
     if off("router", ours[0], theirs[0]) or not torch.equal(ours[1], theirs[1]):

@@ -31,9 +31,11 @@ SILU, GPT_OSS = (1.0, INF, INF, INF, 0.0), (1.702, 7.0, 7.0, INF, 1.0)
 CASES: dict[str, dict[str, Any]] = {
     "gemv": {"T": 1, "shape": (128, 8, 2048, 768)},
     "decode": {"T": 16, "shape": (8, 2, 4096, 14336)},
+    "heights": {"T": 64, "shape": (128, 8, 2048, 768), "separate": True},
     "sorted": {"T": 512, "shape": (128, 8, 2048, 768), "separate": True},
     "prefill": {"T": 16384, "shape": (32, 4, 2880, 2880), "layout": "interleaved", "args": GPT_OSS},
     "ladder": {"T": 1024, "shape": (128, 8, 2048, 768)},
+    "tall": {"T": 2048, "shape": (128, 8, 2048, 768)},
     "concat": {"T": 4096, "shape": (8, 2, 4096, 14336)},
     "many": {"T": 4096, "shape": (128, 8, 2048, 768)},
     "two": {"T": 16384, "shape": (32, 4, 2880, 2880), "layout": "separate"},
