@@ -1,6 +1,6 @@
 """Which kernel runs for which number of tokens, and with which tiles.
 
-The figures behind the choice were measured on one H200 (bf16); other devices get the same tiles with as
+The figures behind the choice were measured on one H200 and one H100 (bf16); other devices get the same tiles with as
 many pipeline stages as their shared memory holds. Pure functions of shapes: nothing is read back from the
 device, so the choice is safe under CUDA graphs.
 """
@@ -24,11 +24,13 @@ DECODE_IDS = 4096  # ids that one program of the decode kernel holds in register
 
 
 class Device(NamedTuple):
-    """What a plan needs to know about a device: shared bytes of one program, processors, whether it has TMA."""
+    """What a plan needs to know about a device: shared bytes of one program, processors, whether it has TMA, and
+    whether it is a Hopper GPU, for which the compiler's use of shared memory is known (``memory``)."""
 
     shared: int = 227 * 1024
     processors: int = 132
     tma: bool = True
+    hopper: bool = True
 
 
 H200 = Device()
@@ -123,7 +125,7 @@ def select(
             up, down = up_tma if tma[0] else up, down_tma if tma[1] else down
     else:
         up, down = _decode(tokens)
-    return Plan(path, _fit(up, hidden, elements, device.shared), _fit(down, inter, elements, device.shared))
+    return Plan(path, _fit(up, hidden, elements, device), _fit(down, inter, elements, device))
 
 
 def _decode(tokens: int) -> tuple[Tiles, Tiles]:
@@ -177,22 +179,24 @@ def _small(path: str, elements: int) -> tuple[Tiles, Tiles]:
     return tiles, tiles
 
 
-def _fit(tiles: Tiles, depth: int, elements: int, shared: int) -> Tiles:
+def _fit(tiles: Tiles, depth: int, elements: int, device: Device) -> Tiles:
     """Steps that divide the depth (no masks in the loop) and stages that fit the shared memory."""
     if depth % tiles.bk and depth % (tiles.bk // 2) == 0 and tiles.bk > 64:
         tiles = replace(tiles, bk=tiles.bk // 2, stages=2 * tiles.stages - 2)
-    stage, beside = memory(tiles, elements)
-    stages = min(tiles.stages, (shared - beside) // stage)
+    stage, beside = memory(tiles, elements, device)
+    stages = min(tiles.stages, (device.shared - beside) // stage)
     if stages < 2 and tiles.wn > 64:
-        return _fit(replace(tiles, wn=tiles.wn // 2), depth, elements, shared)
+        return _fit(replace(tiles, wn=tiles.wn // 2), depth, elements, device)
     return replace(tiles, stages=max(1, stages))
 
 
-def memory(tiles: Tiles, elements: int) -> tuple[int, int]:
+def memory(tiles: Tiles, elements: int, device: Device) -> tuple[int, int]:
     """Shared bytes of one pipeline stage, and of what a program holds beside its stages."""
     stage = (tiles.bm + tiles.rest + tiles.wn) * tiles.bk * elements
-    # a program with several tiles holds half of the finished one beside the stages of the next
-    return stage, tiles.bm * tiles.wn * elements // 2 + 256 if tiles.programs else 8 * 1024
+    # a program with several tiles holds the finished one beside the stages of the next; half of it on Hopper
+    finished = tiles.bm * tiles.wn * elements
+    shared = finished // 2 + 256 if device.hopper else finished
+    return stage, shared if tiles.programs else 8 * 1024
 
 
 def power_of_two(n: int) -> int:

@@ -134,7 +134,7 @@ def device_of(index: int) -> Device:
     properties = driver.active.utils.get_device_properties(index)
     major, _ = torch.cuda.get_device_capability(index)
     tma = AVAILABLE and torch.version.hip is None and major >= CAPABILITY
-    return Device(int(properties["max_shared_mem"]), int(properties["multiprocessor_count"]), tma)
+    return Device(int(properties["max_shared_mem"]), int(properties["multiprocessor_count"]), tma, major == 9)
 
 
 @lru_cache(maxsize=64)

@@ -205,7 +205,7 @@ def follows(plan: Plan, layer: Layer, tokens: int, device: Device, *, dense: boo
         return dense and tokens <= 2 * GEMV_TOKENS
     elements = 4 if layer.dtype == "float32" else 2
     for tiles, described in zip((plan.up, plan.down), tma, strict=True):
-        stage, beside = memory(tiles, elements)
+        stage, beside = memory(tiles, elements, device)
         if tiles.stages * stage + beside > device.shared or (tiles.tma and not (described and device.tma)):
             return False
     return plan.path == "sorted" or power_of_two(tokens) * power_of_two(layer.top_k) <= DECODE_IDS

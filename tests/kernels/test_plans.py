@@ -71,6 +71,13 @@ def test_descriptors_change_no_sum(hidden: int, inter: int) -> None:
     assert described == 2 * 7
 
 
+def test_shared_memory_is_measured_on_hopper_only() -> None:
+    def stages(device: config.Device) -> int:
+        return config.select("sorted", 4096, 8, 128, 2048, 768, 2, device, (True, True)).down.stages
+
+    assert (stages(config.H200), stages(config.H200._replace(hopper=False))) == (4, 3)
+
+
 def test_paths() -> None:
     assert config.choose_path(1, 8) == "gemv"
     assert config.choose_path(1, 8, dense=False) == "decode"
