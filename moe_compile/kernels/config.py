@@ -19,7 +19,6 @@ LADDER_ROWS = 40  # mean rows per expert from which on tiles of graded height wi
 LADDER_TALL_ROWS = 80  # the same for tall ones
 TMA_ROWS = 256  # the same for tiles of one height by descriptors
 PERMUTE_COLUMNS = 2048  # columns of the first GEMM from which on it repays that its rows are put in order
-LADDER_ROWS = 40  # the same for tiles of graded height
 DECODE_IDS = 4096  # ids that one program of the decode kernel holds in registers
 
 

@@ -123,8 +123,8 @@ def grouped_kernel(
     """``order`` given: row ``order[s] // K`` of x; else row s of x. Writes ``out[s, :]``.
 
     ``xd`` and ``xh`` (of half the height), ``wd`` and ``ud`` are descriptors of x and of the weights, or None (see
-    ``tma``). With PROGRAMS
-    every program takes its share of the tiles and loads the first steps of a tile while it ends the last.
+    ``tma``). With PROGRAMS every program takes its share of the tiles and loads the first steps of a tile while it
+    ends the last.
     """
     columns = tl.cdiv(N, S.bn)
     t = tl.program_id(0)
@@ -208,6 +208,8 @@ def gather_projection(
     start: Start = once,
 ) -> Tensor:
     """GEMM 1: tokens ``x [T, D]`` -> ``[P, N]`` in sorted order; rows past the valid ones stay unwritten.
+
+    With ``plan.rows_tma`` the rows of x are first put in that order (``permute``).
 
     Args:
         scales: ``[T, K]`` router weights, if they belong on the input.
