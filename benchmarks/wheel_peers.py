@@ -179,7 +179,7 @@ class Vllm:
             try:
                 self.run(x, logits, settings)
                 times.append((replay_ms(functools.partial(self.run, x, logits, settings)), settings))
-            except Exception as error:
+            except Exception as error:  # settings that do not fit are none; if none fit, this says why
                 failed = error
         if not times:
             raise RuntimeError("no settings of vLLM's kernel run") from failed
