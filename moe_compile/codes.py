@@ -212,6 +212,18 @@ _TABLE = (
          "moe_compile itself raised while it looked at the graph; the original program runs. This is a bug.",
          "TypeError in the reason",
          "report it with the reason and the output of python -m moe_compile doctor"),
+    Code("MC509", "too few tokens for DeepGEMM (note)",
+         "DeepGEMM pads the rows of every expert to whole tiles, so the reference rule leaves calls with fewer than 128 tokens to the Triton kernels. One compiled layer serves both.",
+         "T = 127",
+         "nothing to do"),
+    Code("MC510", "experts too narrow for DeepGEMM (note)",
+         "With an intermediate size of at most 512 (of one rank), sorting and quantising the rows costs more than the faster matrix product saves, so the reference rule takes the Triton kernels.",
+         "I = 512",
+         "nothing to do"),
+    Code("MC511", "kernel not compiled yet",
+         "DeepGEMM compiles a kernel when a shape is first seen, and this would have been inside the capture of a CUDA graph, where nothing can be compiled or loaded.",
+         "with torch.cuda.graph(graph): moe(x)  # the first call with this T",
+         "call the layer once with the same shapes outside the capture, or run python -m moe_compile warmup before"),
 )
 # fmt: on
 

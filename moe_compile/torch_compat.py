@@ -9,6 +9,7 @@ import copy
 import dis
 import logging
 import os
+import sys
 import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +36,20 @@ def statically_true(condition: Any) -> bool:
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return bool(statically_known_true(condition))
+
+
+def symbol_range(size: int | torch.SymInt) -> tuple[int, int | None]:
+    """The smallest and largest value that a (symbolic) size can take, without adding a guard; None is unbounded.
+
+    Read from the ranges of the shape environment, for backed and unbacked symbols alike. On 2.11 and 2.13 an unbounded
+    end is an infinity or, for the sizes of data-dependent results, ``sys.maxsize - 1``.
+    """
+    if isinstance(size, int):
+        return size, size
+    bounds = size.node.shape_env.bound_sympy(size.node.expr)
+    low = int(bounds.lower) if bounds.lower > 0 else 0  # a size is never negative
+    high = None if bounds.upper >= sys.maxsize - 1 else int(bounds.upper)
+    return low, high
 
 
 def is_fake(tensor: torch.Tensor) -> bool:
