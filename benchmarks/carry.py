@@ -1,8 +1,9 @@
-"""Unpack from a vLLM wheel what the peers ``vllm``, ``vllm_best`` and ``tk`` of ``experts.py`` need.
+"""Unpack from a vLLM wheel what the peers ``vllm``, ``vllm_best`` and ``tk`` of ``experts.py`` need, and DeepGEMM.
 
 Run ``python benchmarks/carry.py WHEEL``; it fills ``carried/`` at the repository root, which git ignores. Nothing of
 vLLM is kept in the repository: its kernels are read from there at run time. Known to fit: vllm 0.20.2, which is
-built for torch 2.11 with CUDA 13.
+built for torch 2.11 with CUDA 13. Its DeepGEMM, for Python 3.12, is found with
+``MOE_COMPILE_DEEP_GEMM=carried/deep_gemm_home``. ``--only`` unpacks one of the two parts, the other stays as it is.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ KERNELS = "vllm/third_party/triton_kernels/"
 FILES = (LAYER + "fused_moe.py", "vllm/_moe_C.abi3.so", KERNELS + "matmul_ogs.py", KERNELS + "topk.py")
 # Tuned settings for unquantised weights have no dtype= in their names.
 SETTINGS = re.compile(re.escape(LAYER) + r"configs/E=\d+,N=\d+,device_name=NVIDIA_H[12]00[^,]*\.json")
-LIMIT = 60_000_000  # a machine that takes a working copy takes 64 MiB of ignored files
+DEEP_GEMM = "vllm/third_party/deep_gemm/"
+HOME = TARGET / "deep_gemm_home"
+LIMIT = 70_000_000  # of both; a machine that takes a working copy takes 64 MiB of ignored files, so mind the sum
 
 
 def wanted(names: list[str]) -> list[str]:
@@ -34,22 +37,41 @@ def wanted(names: list[str]) -> list[str]:
     return chosen
 
 
+def deep_gemm(names: list[str]) -> list[str]:
+    """The members of DeepGEMM with its headers, which its compiler reads beside it; none ends the program."""
+    chosen = [n for n in names if n.startswith(DEEP_GEMM) and n[-1] != "/"]
+    if DEEP_GEMM + "__init__.py" not in chosen:
+        raise SystemExit(f"the wheel lacks {DEEP_GEMM}: is it vllm 0.20.2?")
+    return chosen
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("wheel", type=Path, help="vllm-0.20.2-cp38-abi3-manylinux_2_35_x86_64.whl")
-    path = parser.parse_args().wheel
-    if not zipfile.is_zipfile(path):
-        print(f"{path} is not a wheel", file=sys.stderr)
+    parser.add_argument("--only", choices=("peers", "deepgemm"), help="one part; default both")
+    args = parser.parse_args()
+    if not zipfile.is_zipfile(args.wheel):
+        print(f"{args.wheel} is not a wheel", file=sys.stderr)
         return 1
-    with zipfile.ZipFile(path) as wheel:
-        names = wanted(wheel.namelist())
-        size = sum(wheel.getinfo(name).file_size for name in names)
-        if size > LIMIT:
-            print(f"{size / 1e6:.1f} MB are more than {LIMIT / 1e6:.0f} MB", file=sys.stderr)
+    with zipfile.ZipFile(args.wheel) as wheel:
+        members = wheel.namelist()
+        peers = wanted(members) if args.only != "deepgemm" else []
+        library = deep_gemm(members) if args.only != "peers" else []
+        sizes = [sum(wheel.getinfo(name).file_size for name in names) for names in (peers, library)]
+        if sum(sizes) > LIMIT:
+            print(f"{sum(sizes) / 1e6:.1f} MB are more than {LIMIT / 1e6:.0f} MB", file=sys.stderr)
             return 1
-        shutil.rmtree(TARGET, ignore_errors=True)  # of another version nothing may stay
-        wheel.extractall(TARGET, names)
-    print(f"{len(names)} files, {size / 1e6:.1f} MB in {TARGET}")
+        if peers:
+            shutil.rmtree(TARGET / "vllm", ignore_errors=True)  # of another version nothing may stay
+            wheel.extractall(TARGET, peers)
+            print(f"{len(peers)} files, {sizes[0] / 1e6:.1f} MB in {TARGET / 'vllm'}")
+        if library:
+            shutil.rmtree(HOME, ignore_errors=True)
+            for name in library:
+                member = wheel.getinfo(name)
+                member.filename = name.removeprefix("vllm/third_party/")  # where extract puts it
+                wheel.extract(member, HOME)
+            print(f"{len(library)} files, {sizes[1] / 1e6:.1f} MB in {HOME}")
     return 0
 
 

@@ -116,6 +116,7 @@ AS_WRITTEN: ContextVar[bool] = ContextVar("moe_compile_as_written", default=Fals
 
 
 TUNED = f"{ENV}_TUNED"  # the folder with the tables of ``python -m moe_compile tune``
+DEEP_GEMM = f"{ENV}_DEEP_GEMM"  # a folder with a package ``deep_gemm`` that goes before installed ones, or 0 for none
 
 
 def tuned_folder() -> str:
@@ -126,7 +127,7 @@ def tuned_folder() -> str:
 
 def unknown_environment() -> list[str]:
     """Variables that look like ours and are not: ``MOE_COMPILE_STRCT``."""
-    known = {ENV, TUNED, *(f"{ENV}_{name.upper()}" for name in NAMES)}
+    known = {ENV, TUNED, DEEP_GEMM, *(f"{ENV}_{name.upper()}" for name in NAMES)}
     return sorted(v for v in os.environ if v.startswith(f"{ENV}_") and v not in known)
 
 

@@ -18,6 +18,10 @@ from moe_compile import config
 from moe_compile.spec import Activation, Experts, MoE, Weight
 
 OK, NOTE, BAD = "ok", "note", "BAD"
+_DEEP_GEMM_FIXES = {
+    "MC502": "install CUDA toolkit 12.3 or newer and set CUDA_HOME to its folder",
+    "MC503": f"install a DeepGEMM that fits this torch, or set {config.DEEP_GEMM}=0 to do without it",
+}
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ def findings() -> list[Finding]:
         _cache_directories,
         _kernels,
         _tables,
+        _deep_gemm,
     ]
     out: list[Finding] = []
     for check in checks:
@@ -136,12 +141,13 @@ def _options() -> list[Finding]:
 
 
 def _cache_directories() -> list[Finding]:
-    """Inductor and Triton run code from their caches: nobody else may write there."""
+    """Inductor, Triton and DeepGEMM run code from their caches: nobody else may write there."""
     home = os.path.expanduser("~")
     default = os.path.join(tempfile.gettempdir(), f"torchinductor_{os.environ.get('USER', 'root')}")
     places = {
         "Inductor cache": os.environ.get("TORCHINDUCTOR_CACHE_DIR", default),
         "Triton cache": os.environ.get("TRITON_CACHE_DIR", os.path.join(home, ".triton", "cache")),
+        "DeepGEMM cache": _deep_gemm_cache(),
     }
     out = []
     for name, path in places.items():
@@ -204,3 +210,25 @@ def _tables() -> list[Finding]:
         return [Finding("tuned plans", BAD, str(error), fix)]
     plans = sum(map(len, table.values()))
     return [Finding("tuned plans", OK, f"{plans} for {len(table)} layers in {path}" if plans else f"none in {path}")]
+
+
+def _deep_gemm_cache() -> str:
+    return os.environ.get("DG_JIT_CACHE_DIR") or os.path.join(os.path.expanduser("~"), ".deep_gemm")
+
+
+def _deep_gemm() -> list[Finding]:
+    """The DeepGEMM package for the current GPU: none is no problem, one that does not work is."""
+    name = "DeepGEMM"
+    if not torch.cuda.is_available():
+        return [Finding(name, NOTE, "not looked for: there is no GPU")]
+    from moe_compile.deepgemm.provider import Provider, find
+
+    found = find(torch.cuda.current_device())
+    if isinstance(found, Provider):
+        return [Finding(name, OK, f"{found.name}, nvcc {found.nvcc}, compiles into {_deep_gemm_cache()}")]
+    if found.code == "MC501":
+        fix = f"install DeepGEMM, or set {config.DEEP_GEMM} to a folder with a package deep_gemm"
+        return [Finding(name, NOTE, f"{found.reason}; fp8 layers run on Triton", fix)]
+    if found.code in ("MC502", "MC503"):
+        return [Finding(name, BAD, f"{found.code}: {found.reason}", _DEEP_GEMM_FIXES[found.code])]
+    return [Finding(name, NOTE, f"{found.code}: {found.reason}")]

@@ -13,6 +13,7 @@ import torch
 
 from moe_compile import bench, cli, config, demo, doctor
 from moe_compile.demo import DenseLoop, NaiveMoE, Sample
+from moe_compile.spec import NoMatch
 
 MODEL = """
 import torch
@@ -178,6 +179,43 @@ def test_doctor_shows_measured_plans(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert (doctor._tables()[0].status, "tune" in doctor._tables()[0].fix) == (doctor.BAD, True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert doctor._tables() == []
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "words", "fix"),
+    [
+        ("MC501", "note", "nowhere; fp8 layers run on Triton", "MOE_COMPILE_DEEP_GEMM"),
+        ("MC502", "BAD", "MC502: nowhere", "CUDA_HOME"),
+        ("MC503", "BAD", "MC503: nowhere", "MOE_COMPILE_DEEP_GEMM=0"),
+        ("MC504", "note", "MC504: nowhere", ""),
+    ],
+)
+def test_doctor_judges_deep_gemm(
+    monkeypatch: pytest.MonkeyPatch, code: str, status: str, words: str, fix: str
+) -> None:
+    assert torch.cuda.is_available() or doctor._deep_gemm()[0].text == "not looked for: there is no GPU"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr("moe_compile.deepgemm.provider.find", lambda device: NoMatch(code, "nowhere"))
+    (found,) = doctor._deep_gemm()
+    assert (found.status, found.text) == (status, words) and fix in found.fix
+
+
+def test_doctor_shows_deep_gemm_and_its_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from moe_compile.deepgemm.provider import Provider
+
+    works = Provider(sys, "deep_gemm 2.5.0 at /x", "2.5.0", "12.9 (/cuda/bin/nvcc)")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr("moe_compile.deepgemm.provider.find", lambda device: works)
+    monkeypatch.setenv("DG_JIT_CACHE_DIR", str(tmp_path))
+    expected = f"deep_gemm 2.5.0 at /x, nvcc 12.9 (/cuda/bin/nvcc), compiles into {tmp_path}"
+    assert [(f.status, f.text) for f in doctor._deep_gemm()] == [(doctor.OK, expected)]
+    for mode, status in ((0o700, doctor.OK), (0o777, doctor.BAD)):
+        tmp_path.chmod(mode)
+        assert [f.status for f in doctor._cache_directories() if f.name == "DeepGEMM cache"] == [status]
+    monkeypatch.delenv("DG_JIT_CACHE_DIR")
+    assert doctor._deep_gemm_cache().endswith(".deep_gemm")
 
 
 def test_doctor_notes_the_kill_switch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,1 @@
+"""DeepGEMM kernels: a package is found, checked and tried once before anything relies on it."""
