@@ -53,11 +53,13 @@ def carried(name: str) -> Path:
     return path
 
 
-def build(name: str, layer: Layer, w1: Tensor, w2: Tensor) -> Program:
-    """``vllm``, ``vllm_best`` or ``tk``."""
+def build(name: str, layer: Layer, w1: Any, w2: Any) -> Program:
+    """``vllm``, ``vllm_best`` or ``tk``; ``vllm_fp8`` with pairs of fp8 weights and scales."""
     if name == "tk":
         return openai(layer, w1, w2)
     torch.ops.load_library(str(carried("vllm/_moe_C.abi3.so")))
+    if name == "vllm_fp8":
+        return VllmFp8(layer, w1[0], w2[0], fused_moe_kernel(), torch.ops._moe_C, True, {}, w1[1], w2[1])
     return Vllm(layer, w1, w2, fused_moe_kernel(), torch.ops._moe_C, best=name == "vllm_best")
 
 
@@ -169,13 +171,17 @@ class Vllm:
         tuned = tuned_settings(self.layer, tokens, torch.cuda.get_device_name())
         return tuned or default_settings(self.layer, tokens)
 
+    def candidates(self, tokens: int) -> list[Settings]:
+        """The settings to try."""
+        return candidates(self.layer, tokens)
+
     def fastest(self, x: Tensor, logits: Tensor) -> Settings:
         """The fastest candidate; one that needs too much shared memory is none."""
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError("vllm_best chooses its settings in its first call, which a CUDA graph cannot hold")
         times: list[tuple[float, Settings]] = []
         failed: Exception | None = None
-        for settings in candidates(self.layer, x.shape[0]):
+        for settings in self.candidates(x.shape[0]):
             try:
                 self.run(x, logits, settings)
                 times.append((replay_ms(functools.partial(self.run, x, logits, settings)), settings))
@@ -184,7 +190,8 @@ class Vllm:
         if not times:
             raise RuntimeError("no settings of vLLM's kernel run") from failed
         ms, best = min(times, key=lambda pair: pair[0])
-        print(f"vllm_best: {self.layer.name} T={x.shape[0]} {ms:.4f} ms with {best}", file=sys.stderr)
+        name = "vllm_best" if self.w1.dtype in DTYPES else "vllm_fp8"
+        print(f"{name}: {self.layer.name} T={x.shape[0]} {ms:.4f} ms with {best}", file=sys.stderr)
         return best
 
     def run(self, x: Tensor, logits: Tensor, settings: Settings) -> Tensor:
@@ -245,20 +252,58 @@ class Vllm:
         grid = (triton.cdiv(padded, block) * triton.cdiv(b.shape[1], settings["BLOCK_SIZE_N"]),)
         sizes = (b.shape[1], b.shape[2], padded, pairs)
         strides = (a.stride(0), a.stride(1), b.stride(0), b.stride(2), b.stride(1), c.stride(0), c.stride(1))
-        unused = (0,) * 9  # strides of scales and of the bias, and the two sizes of quantised blocks
+        a_scale, b_scale, scaling, quantised = self.scales(a, b)
         self.kernel[grid](
-            *(a, b, c, None, None, None, weights, order, experts, count, *sizes, *strides, *unused),
+            *(a, b, c, None, a_scale, b_scale, weights, order, experts, count, *sizes, *strides, *scaling),
             naive_block_assignment=order is None,
             MUL_ROUTED_WEIGHT=weigh,
             top_k=top_k,
-            compute_type=DTYPES[a.dtype],
-            use_fp8_w8a8=False,
+            compute_type=DTYPES[c.dtype],
+            use_fp8_w8a8=quantised,
             use_int8_w8a8=False,
             use_int8_w8a16=False,
             per_channel_quant=False,
             HAS_BIAS=False,
             **{**settings, "SPLIT_K": 1},
         )
+
+
+    def scales(self, a: Tensor, b: Tensor) -> tuple[Tensor | None, Tensor | None, tuple[int, ...], bool]:
+        """Scales of rows and weights; their strides, those of the bias and the sizes of blocks; whether it is fp8."""
+        return None, None, (0,) * 9, False
+
+
+@dataclass
+class VllmFp8(Vllm):
+    """The same for fp8 weights in blocks of 128 x 128; rows are quantised by our kernel, as vLLM's does it.
+
+    Settings: what vLLM has for such weights without a tuned file, and the same with the next two heights.
+    """
+
+    s1: Tensor | None = None
+    s2: Tensor | None = None
+    row_scales: dict[int, Tensor] = field(default_factory=dict)
+
+    def candidates(self, tokens: int) -> list[Settings]:
+        m = 16 if tokens <= 64 else 64
+        group, stages = 1 if tokens <= 16 else 32, 4 if tokens <= 4 else 3
+        n = 64 if tokens <= 8 else 128
+        heights = (m, 32, 128) if tokens <= 64 else (m, 16, 128)
+        return [settings_of(h, n, 128, group, 8 if h == 128 else 4, stages) for h in heights]
+
+    def product(self, a: Tensor, *rest: Any) -> None:
+        from moe_compile.kernels.quantize import quantize_rows
+
+        rows, scale = quantize_rows(a)
+        self.row_scales[rows.data_ptr()] = scale
+        super().product(rows, *rest)
+        del self.row_scales[rows.data_ptr()]
+
+    def scales(self, a: Tensor, b: Tensor) -> tuple[Tensor | None, Tensor | None, tuple[int, ...], bool]:
+        a_scale, b_scale = self.row_scales[a.data_ptr()], self.s1 if b is self.w1 else self.s2
+        assert b_scale is not None
+        strides = (a_scale.stride(0), a_scale.stride(1), b_scale.stride(0), b_scale.stride(2), b_scale.stride(1))
+        return a_scale, b_scale, (*strides, 0, 0, 128, 128), True
 
 
 @triton.jit

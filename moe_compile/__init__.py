@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from moe_compile.checking import CheckResult, check
     from moe_compile.decorator import NotRewritten, rewrite
     from moe_compile.explaining import explain
-    from moe_compile.functional import fused_experts
+    from moe_compile.functional import deep_gemm_moe_fp8, fused_experts
     from moe_compile.huggingface import optimize, restore
     from moe_compile.inductor_pass import MoEPass
     from moe_compile.report import Report, Site
@@ -28,6 +28,7 @@ _HOME = {
     "Report": "report",
     "Site": "report",
     "check": "checking",
+    "deep_gemm_moe_fp8": "functional",
     "explain": "explaining",
     "fused_experts": "functional",
     "optimize": "huggingface",
@@ -43,6 +44,7 @@ __all__ = [
     "Site",
     "__version__",
     "check",
+    "deep_gemm_moe_fp8",
     "explain",
     "fused_experts",
     "optimize",

@@ -1,4 +1,4 @@
-"""``fused_experts``: the routed experts of one MoE layer as a plain function.
+"""``fused_experts`` and ``deep_gemm_moe_fp8``: the routed experts of one MoE layer as plain functions.
 
 Shape legend: ``T`` tokens, ``E`` experts held here, ``G`` experts of the whole layer (``G = E`` without
 ``expert_map``), ``K`` experts chosen per token, ``H`` hidden size, ``I`` intermediate size.
@@ -19,7 +19,7 @@ INTS = (torch.int32, torch.int64)
 
 
 class ArgumentError(ValueError):
-    """An argument of ``fused_experts`` that cannot be right: what, its value, and what to do."""
+    """An argument that cannot be right: what, its value, and what to do."""
 
 
 def fused_experts(
@@ -104,6 +104,76 @@ def fused_experts(
         out_dtype,
     )
     return out
+
+
+def deep_gemm_moe_fp8(
+    hidden_states: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    w1_scale: Tensor,
+    w2_scale: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    inplace: bool = False,
+    activation: str = "silu",
+    global_num_experts: int = -1,
+    expert_map: Tensor | None = None,
+    a1_scale: Tensor | None = None,
+    a2_scale: Tensor | None = None,
+    apply_router_weight_on_input: bool = False,
+) -> Tensor:
+    """Gated experts with fp8 weights and block scales (w8a8), by DeepGEMM's grouped GEMMs where they run and pay.
+
+    The arguments are those of vLLM's function of this name. The input of each GEMM is rounded to fp8 with one scale per
+    row and 128 columns, as in DeepSeek-V3 (https://arxiv.org/abs/2412.19437). Calls that DeepGEMM cannot run, or with
+    few rows per expert, run on Triton with the same meaning, and on the CPU in plain PyTorch.
+
+    Args:
+        hidden_states: ``[T, H]`` bfloat16 for DeepGEMM; float16 and float32 run on Triton.
+        w1: ``[E, 2I, H]`` float8_e4m3fn, gate rows first.
+        w2: ``[E, H, I]`` float8_e4m3fn.
+        w1_scale: ``[E, ceil(2I/128), ceil(H/128)]`` float32; a weight means ``w * scale`` of its block.
+        w2_scale: ``[E, ceil(H/128), ceil(I/128)]`` float32.
+        topk_weights: ``[T, K]``, any floating dtype; used as given.
+        topk_ids: ``[T, K]`` int32 or int64; an id outside ``[0, G)`` contributes exactly zero.
+        inplace: write the result into ``hidden_states`` and return it.
+        activation: ``"silu"``, ``"gelu"``, ``"gelu_tanh"``, ``"relu"``, ``"relu2"`` or ``"identity"``.
+        global_num_experts: ``G``, to be checked against ``expert_map``; -1 takes its length, or ``E``.
+        expert_map: ``[G]`` int32 or int64, global id to local id, -1 for experts held elsewhere.
+        a1_scale: must be None: rows are scaled as they come.
+        a2_scale: likewise.
+        apply_router_weight_on_input: multiply the router weight into the expert's input, not its output.
+
+    Returns:
+        ``[T, H]`` in the dtype of ``hidden_states``.
+
+    Raises:
+        TypeError: an argument that is no tensor, or of the wrong dtype.
+        ArgumentError, ValueError: shapes or options that do not fit together.
+    """
+    for name, scale in (("a1_scale", a1_scale), ("a2_scale", a2_scale)):
+        if scale is not None:
+            raise ArgumentError(f"{name} must be None: rows get a scale per 128 columns as they come")
+    experts = w2.shape[0] if expert_map is None else expert_map.shape[0]
+    if global_num_experts not in (-1, experts):
+        source = "w2" if expert_map is None else "expert_map"
+        raise ArgumentError(f"global_num_experts={global_num_experts}, but {source} has {experts} experts")
+    act = _activation(activation, None)
+    ids = topk_ids if expert_map is None else _local_ids(topk_ids, expert_map)
+    out: Tensor = torch.ops.moe_compile.experts_fp8(
+        hidden_states,
+        topk_weights,
+        ids,
+        w1,
+        w1_scale,
+        w2,
+        w2_scale,
+        act.name,
+        act.args(),
+        act.gated,
+        weight_on_input=apply_router_weight_on_input,
+    )
+    return hidden_states.copy_(out) if inplace else out
 
 
 def _role(t: Tensor | None) -> list[Tensor]:

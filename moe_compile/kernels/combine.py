@@ -34,7 +34,10 @@ def combine_kernel(
     BH: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Rows are in sorted order when ``position`` is given, else in the order of the pairs."""
+    """Rows are in sorted order when ``position`` is given, else in the order of the pairs.
+
+    A position from ``offsets[E]`` on, or without ``offsets`` a negative one, is that of a pair without an expert.
+    """
     t = tl.program_id(0) * BM + tl.arange(0, BM)
     c = tl.program_id(1) * BH + tl.arange(0, BH)
     here = t < T
@@ -42,12 +45,15 @@ def combine_kernel(
     pair = t.to(tl.int64) * K
     acc = tl.zeros((BM, BH), tl.float32)
     follow(PDL)
-    if position is not None:
+    if offsets is not None:
         total = tl.load(offsets + E)
     for k in tl.range(0, K, loop_unroll_factor=8):
         if position is not None:
             r = tl.load(position + pair + k, mask=here, other=0).to(tl.int64)
-            valid = here & (r < total)
+            if offsets is not None:
+                valid = here & (r < total)
+            else:
+                valid = here & (r >= 0)
         else:
             r = pair + k
             e = tl.load(ids + r, mask=here, other=-1)
@@ -84,6 +90,7 @@ def invert(order: Tensor) -> Tensor:
 
 def _launch(
     rows: Tensor,
+    pairs: int,
     position: Tensor | None,
     offsets: Tensor | None,
     ids: Tensor | None,
@@ -93,7 +100,7 @@ def _launch(
     out_dtype: torch.dtype,
     start: Start,
 ) -> Tensor:
-    tokens, hidden = rows.shape[0] // top_k, rows.shape[1]
+    tokens, hidden = pairs // top_k, rows.shape[1]
     out = rows.new_empty(tokens, hidden, dtype=out_dtype)
     if tokens == 0 or hidden == 0:
         return out
@@ -118,20 +125,28 @@ def combine_sorted(
     start: Start = once,
 ) -> Tensor:
     """``rows [P, H]`` in sorted order, ``position [P]`` of every pair -> ``[T, H]``."""
-    return _launch(rows, position, offsets, None, weights, offsets.shape[0] - 1, top_k, out_dtype, start)
+    experts = offsets.shape[0] - 1
+    return _launch(rows, rows.shape[0], position, offsets, None, weights, experts, top_k, out_dtype, start)
+
+
+def combine_padded(
+    rows: Tensor, position: Tensor, weights: Tensor | None, top_k: int, out_dtype: torch.dtype, start: Start = once
+) -> Tensor:
+    """``rows [M, H]``, ``position [P]`` of every pair, negative for none -> ``[T, H]``."""
+    return _launch(rows, position.shape[0], position, None, None, weights, 0, top_k, out_dtype, start)
 
 
 def combine_pairs(
     rows: Tensor, ids: Tensor, weights: Tensor | None, experts: int, out_dtype: torch.dtype, start: Start = once
 ) -> Tensor:
     """``rows [P, H]`` in the order of the pairs of ``ids [T, K]`` -> ``[T, H]``."""
-    return _launch(rows, None, None, ids, weights, experts, ids.shape[1], out_dtype, start)
+    return _launch(rows, rows.shape[0], None, None, ids, weights, experts, ids.shape[1], out_dtype, start)
 
 
 def combine_twin(
     rows: Tensor, position: Tensor, valid: Tensor, weights: Tensor | None, top_k: int, out_dtype: torch.dtype
 ) -> Tensor:
-    """Torch twin of both: ``position [P]`` of every pair, ``valid [P]`` whether its row counts."""
+    """Torch twin of all: ``position [P]`` of every pair, ``valid [P]`` whether its row counts."""
     y = rows[position.long()].float()  # [P, H]
     if weights is not None:
         y = y * weights.reshape(-1, 1).float()

@@ -10,12 +10,14 @@ Shape legend: see ``spec.py``. Rows of the results are in the order of the pairs
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .config import Tiles, power_of_two
 from .launch import Launch, Start, dependent, follow, once
+from .scaled import PLAIN_ROWS, Quant, scaled_tile, scales_of
 from .tile import Projection, expert_tile
 
 
@@ -37,7 +39,7 @@ def _slot(ids, mine, token, nth, ok, e, once, s, holds, K: tl.constexpr):
 
 @triton.jit
 def _rows(
-    x, x_stride, ids, scales, out, mine, hits, first, rows, e, tn, once, N, D, W,
+    x, x_stride, ids, scales, out, mine, hits, first, rows, e, tn, once, N, D, Q, W,
     K: tl.constexpr, TP: tl.constexpr, KP: tl.constexpr, BY_TOKEN: tl.constexpr, M: tl.constexpr, S: tl.constexpr,
     BM: tl.constexpr,
 ):  # fmt: skip
@@ -54,7 +56,11 @@ def _rows(
     pair = token * K + _slot(ids, mine, token, nth, ok, e, once, s, holds, K)
     # where not ok this is row 0: readable, and rows do not mix
     row = (token if BY_TOKEN else pair).to(tl.int64)
-    expert_tile(x, x_stride, row, scales, pair, out, pair.to(tl.int64), ok, e, tn, N, D, W, M, S, BM)
+    to = pair.to(tl.int64)
+    if Q.w is None:
+        expert_tile(x, x_stride, row, scales, pair, out, to, ok, e, tn, N, D, W, M, S, BM)
+    else:
+        scaled_tile(x, x_stride, row, scales, pair, out, to, ok, e, tn, N, D, Q, W, M, S, BM)
 
 
 @triton.jit(do_not_specialize=["T", "E"])
@@ -68,6 +74,7 @@ def decode_kernel(
     E,
     N,
     D,
+    Q,
     W,
     K: tl.constexpr,
     TP: tl.constexpr,
@@ -80,7 +87,7 @@ def decode_kernel(
     TAIL: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """``BY_TOKEN``: rows of x are tokens, else pairs, and x is what the first GEMM wrote."""
+    """``BY_TOKEN``: rows of x are tokens, else pairs, and x is what the first GEMM wrote. ``Q``: ``Scales``."""
     tn = tl.program_id(0)
     which = tl.program_id(1)
     t = tl.arange(0, TP)
@@ -109,18 +116,18 @@ def decode_kernel(
         if TAIL == 0 or rows > BM // 2:
             for first in range(0, rows, BM):
                 _rows(
-                    x, x_stride, ids, scales, out, mine, hits, first, rows, e, tn, once, N, D, W,
+                    x, x_stride, ids, scales, out, mine, hits, first, rows, e, tn, once, N, D, Q, W,
                     K, TP, KP, BY_TOKEN, M, S, BM,
                 )  # fmt: skip
         elif TAIL == 1 or rows > BM // 4:
             if rows > 0:
                 _rows(
-                    x, x_stride, ids, scales, out, mine, hits, 0, rows, e, tn, once, N, D, W,
+                    x, x_stride, ids, scales, out, mine, hits, 0, rows, e, tn, once, N, D, Q, W,
                     K, TP, KP, BY_TOKEN, M, S, BM // 2,
                 )  # fmt: skip
         elif rows > 0:
             _rows(
-                x, x_stride, ids, scales, out, mine, hits, 0, rows, e, tn, once, N, D, W,
+                x, x_stride, ids, scales, out, mine, hits, 0, rows, e, tn, once, N, D, Q, W,
                 K, TP, KP, BY_TOKEN, M, S, BM // 4,
             )  # fmt: skip
 
@@ -134,14 +141,19 @@ def decode_projection(
     by_token: bool,
     scales: Tensor | None = None,
     start: Start = once,
+    quant: Quant = PLAIN_ROWS,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Tokens ``x [T, D]`` (``by_token``) or pairs ``x [P, D]`` -> ``[P, N]`` in the order of the pairs.
 
     Rows of pairs without an expert stay unwritten. The torch twin is ``grouped.projection_twin``.
+
+    Args:
+        dtype: of the result; default that of x.
     """
     tokens, top_k = ids.shape
     pairs = tokens * top_k
-    out = x.new_empty(pairs, projection.columns)
+    out = x.new_empty(pairs, projection.columns, dtype=dtype)
     if pairs == 0:
         return out
 
@@ -163,5 +175,6 @@ def decode_projection(
         return Launch(decode_kernel, grid, {**constants, **plan.options, **dependent(x)})
 
     n, d = projection.columns, projection.depth
-    start(launch, x, x.stride(0), ids, scales, out, tokens, experts, n, d, projection.weights)
+    q = scales_of(projection, quant)
+    start(launch, x, x.stride(0), ids, scales, out, tokens, experts, n, d, q, projection.weights)
     return out

@@ -22,6 +22,7 @@ from .activation import activate_twin
 from .config import Tiles
 from .launch import PLAIN, Launch, Start, dependent, follow, once
 from .permute import permute
+from .scaled import PLAIN_ROWS, Quant, scaled_tile, scales_of
 from .sort import Sorted, tile_table
 from .tile import Projection, expert_tile
 from .tma import describe, describe_rows, described_tile, shared_tile, tile_rows
@@ -29,12 +30,14 @@ from .tma import describe, describe_rows, described_tile, shared_tile, tile_rows
 
 @triton.jit
 def _rows(
-    x, x_stride, xd, order, scales, out, first, length, e, tn, N, D, wd, ud, W,
+    x, x_stride, xd, order, scales, out, first, length, e, tn, N, D, wd, ud, Q, W,
     K: tl.constexpr, M: tl.constexpr, S: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """BM rows of one expert from sorted row ``first`` on, ``length`` of them real."""
     ok, s, pair, x_row = tile_rows(order, first, 0, length, K, BM)
-    if wd is None:
+    if Q.w is not None:
+        scaled_tile(x, x_stride, x_row, scales, pair, out, s, ok, e, tn, N, D, Q, W, M, S, BM)
+    elif wd is None:
         expert_tile(x, x_stride, x_row, scales, pair, out, s, ok, e, tn, N, D, W, M, S, BM)
     else:
         described_tile(
@@ -44,27 +47,27 @@ def _rows(
 
 @triton.jit
 def _ladder(
-    x, x_stride, order, scales, out, first, length, e, tn, N, D, wd, ud, W,
+    x, x_stride, order, scales, out, first, length, e, tn, N, D, wd, ud, Q, W,
     K: tl.constexpr, M: tl.constexpr, S: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """The lowest tile that holds ``length`` rows, up to 5/4 of BM."""
     if length > BM:
         shared_tile(x, x_stride, order, scales, out, first, length, e, tn, N, D, wd, ud, W, K, M, S, BM, BM // 4)
     elif length > BM // 4 * 3:
-        _rows(x, x_stride, None, order, scales, out, first, length, e, tn, N, D, wd, ud, W, K, M, S, BM)
+        _rows(x, x_stride, None, order, scales, out, first, length, e, tn, N, D, wd, ud, Q, W, K, M, S, BM)
     elif length > BM // 2:
         shared_tile(
             x, x_stride, order, scales, out, first, length, e, tn, N, D, wd, ud, W, K, M, S, BM // 2, BM // 4
         )
     elif length > BM // 4:
-        _rows(x, x_stride, None, order, scales, out, first, length, e, tn, N, D, wd, ud, W, K, M, S, BM // 2)
+        _rows(x, x_stride, None, order, scales, out, first, length, e, tn, N, D, wd, ud, Q, W, K, M, S, BM // 2)
     else:
-        _rows(x, x_stride, None, order, scales, out, first, length, e, tn, N, D, wd, ud, W, K, M, S, BM // 4)
+        _rows(x, x_stride, None, order, scales, out, first, length, e, tn, N, D, wd, ud, Q, W, K, M, S, BM // 4)
 
 
 @triton.jit
 def _tile(
-    t, n_tiles, x, x_stride, xd, xh, order, scales, offsets, tiles, out, capacity, N, D, wd, ud, W,
+    t, n_tiles, x, x_stride, xd, xh, order, scales, offsets, tiles, out, capacity, N, D, wd, ud, Q, W,
     K: tl.constexpr, M: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, TAIL: tl.constexpr, GROUP: tl.constexpr,
     REST: tl.constexpr,
 ):  # fmt: skip
@@ -81,13 +84,13 @@ def _tile(
     # the last tile of an expert is often short: computing fewer rows costs only code size
     if REST > 0:
         n = tl.where(n > BM + REST, BM, n)
-        _ladder(x, x_stride, order, scales, out, r, n, e, tn, N, D, wd, ud, W, K, M, S, BM)
+        _ladder(x, x_stride, order, scales, out, r, n, e, tn, N, D, wd, ud, Q, W, K, M, S, BM)
     elif TAIL == 0 or n > BM // 2:
-        _rows(x, x_stride, xd, order, scales, out, r, n, e, tn, N, D, wd, ud, W, K, M, S, BM)
+        _rows(x, x_stride, xd, order, scales, out, r, n, e, tn, N, D, wd, ud, Q, W, K, M, S, BM)
     elif TAIL == 1 or n > BM // 4:
-        _rows(x, x_stride, xh, order, scales, out, r, n, e, tn, N, D, wd, ud, W, K, M, S, BM // 2)
+        _rows(x, x_stride, xh, order, scales, out, r, n, e, tn, N, D, wd, ud, Q, W, K, M, S, BM // 2)
     else:
-        _rows(x, x_stride, None, order, scales, out, r, n, e, tn, N, D, wd, ud, W, K, M, S, BM // 4)
+        _rows(x, x_stride, None, order, scales, out, r, n, e, tn, N, D, wd, ud, Q, W, K, M, S, BM // 4)
 
 
 @triton.jit(do_not_specialize=["P", "E", "capacity"])
@@ -108,6 +111,7 @@ def grouped_kernel(
     D,
     wd,
     ud,
+    Q,
     W,
     K: tl.constexpr,
     M: tl.constexpr,
@@ -123,8 +127,8 @@ def grouped_kernel(
     """``order`` given: row ``order[s] // K`` of x; else row s of x. Writes ``out[s, :]``.
 
     ``xd`` and ``xh`` (of half the height), ``wd`` and ``ud`` are descriptors of x and of the weights, or None (see
-    ``tma``). With PROGRAMS every program takes its share of the tiles and loads the first steps of a tile while it
-    ends the last.
+    ``tma``); ``Q`` has the scales of fp8. With PROGRAMS every program takes its share of the tiles and loads
+    the first steps of a tile while it ends the last.
     """
     columns = tl.cdiv(N, S.bn)
     t = tl.program_id(0)
@@ -133,12 +137,12 @@ def grouped_kernel(
     if PROGRAMS > 0:
         for u in tl.range(t, n_tiles * columns, PROGRAMS, flatten=True):
             _tile(
-                u, n_tiles, x, x_stride, xd, xh, order, scales, offsets, tiles, out, capacity, N, D, wd, ud, W,
+                u, n_tiles, x, x_stride, xd, xh, order, scales, offsets, tiles, out, capacity, N, D, wd, ud, Q, W,
                 K, M, S, BM, TAIL, GROUP, REST,
             )  # fmt: skip
     elif t < n_tiles * columns:
         _tile(
-            t, n_tiles, x, x_stride, xd, xh, order, scales, offsets, tiles, out, capacity, N, D, wd, ud, W,
+            t, n_tiles, x, x_stride, xd, xh, order, scales, offsets, tiles, out, capacity, N, D, wd, ud, Q, W,
             K, M, S, BM, TAIL, GROUP, REST,
         )  # fmt: skip
     elif ZERO_REST:
@@ -164,8 +168,10 @@ def _launch(
     plan: Tiles,
     zero_rest: bool,
     start: Start,
+    quant: Quant = PLAIN_ROWS,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    out = x.new_empty(pairs, projection.columns)  # [P, N]
+    out = x.new_empty(pairs, projection.columns, dtype=dtype)  # [P, N]
     if pairs == 0:
         return out
 
@@ -193,7 +199,7 @@ def _launch(
     experts, n, d = offsets.shape[0] - 1, projection.columns, projection.depth
     start(
         launch, x, x.stride(0), rows, half, order, scales, offsets, tiles, out, pairs, experts, capacity, n, d, weight,
-        up, projection.weights,
+        up, scales_of(projection, quant), projection.weights,
     )  # fmt: skip
     return out
 
@@ -206,6 +212,8 @@ def gather_projection(
     plan: Tiles,
     scales: Tensor | None = None,
     start: Start = once,
+    quant: Quant = PLAIN_ROWS,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """GEMM 1: tokens ``x [T, D]`` -> ``[P, N]`` in sorted order; rows past the valid ones stay unwritten.
 
@@ -213,22 +221,30 @@ def gather_projection(
 
     Args:
         scales: ``[T, K]`` router weights, if they belong on the input.
+        dtype: of the result; default that of x.
     """
     n = pairs.order.shape[0]
     if plan.rows_tma:
         x = permute(x, pairs.inverse, pairs.offsets, top_k, start)
     return _launch(
-        x, pairs.order, scales, pairs.offsets, pairs.tiles, pairs.capacity, n, top_k, projection, plan, False, start
-    )
+        x, pairs.order, scales, pairs.offsets, pairs.tiles, pairs.capacity, n, top_k, projection, plan, False, start,
+        quant, dtype,
+    )  # fmt: skip
 
 
 def sorted_projection(
-    rows: Tensor, pairs: Sorted, projection: Projection, plan: Tiles, start: Start = once
+    rows: Tensor,
+    pairs: Sorted,
+    projection: Projection,
+    plan: Tiles,
+    start: Start = once,
+    quant: Quant = PLAIN_ROWS,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """GEMM 2: ``rows [P, D]`` in sorted order -> ``[P, N]``; rows past the valid ones stay unwritten."""
     n = rows.shape[0]
     return _launch(
-        rows, None, None, pairs.offsets, pairs.tiles, pairs.capacity, n, 1, projection, plan, False, start
+        rows, None, None, pairs.offsets, pairs.tiles, pairs.capacity, n, 1, projection, plan, False, start, quant, dtype
     )
 
 

@@ -16,7 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TRITON_TYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+TRITON_TYPE = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float8_e4m3fn: tl.float8e4nv,
+}
 VECTOR_BYTES = 16  # the widest load of one thread; alignment below it makes the compiler split loads
 
 

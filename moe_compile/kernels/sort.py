@@ -34,7 +34,7 @@ class Sorted:
 
     Args:
         order: int32 ``[P]`` flat pair numbers by expert, out-of-range ids last.
-        inverse: int32 ``[P]`` position of every pair in ``order``.
+        inverse: int32 ``[P]`` position of every pair in ``order``, or in the padded order (``sort_pairs``).
         offsets: int32 ``[E + 1]`` first position of every expert; the last is the number of valid pairs.
         tiles: int32 ``[1 + 2 * capacity]`` number of row tiles, then their experts, then their first rows.
         capacity: upper bound of the number of row tiles, known on the host.
@@ -121,9 +121,13 @@ def place_kernel(
     REST: tl.constexpr,
     SINGLE: tl.constexpr,
     SUMMED: tl.constexpr,
+    PADDED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Positions of the pairs of one chunk; program 0 writes the offsets, all share the tile table."""
+    """Positions of the pairs of one chunk; program 0 writes the offsets, all share the tile table.
+
+    ``PADDED``: ``inverse`` holds positions in the order in which every tile has BM rows, -1 for out-of-range ids.
+    """
     chunk = tl.program_id(0)
     follow(PDL)
     e = tl.arange(0, EP)
@@ -146,6 +150,9 @@ def place_kernel(
     if BM > 0:
         _write_tiles(tiles, capacity, start, tl.where(e < E, total, 0), chunk, chunks, BM, REST, EP)
     free = start + before
+    if PADDED:
+        n_tiles = tl.cdiv(tl.where(e < E, total, 0), BM)
+        shift = (tl.cumsum(n_tiles, 0) - n_tiles) * BM - start
     i = tl.arange(0, BLOCK)
     for b in range(0, CHUNK, BLOCK):
         p = chunk * CHUNK + b + i
@@ -153,6 +160,8 @@ def place_kernel(
         earlier = (v[None, :] == v[:, None]) & (i[None, :] < i[:, None])
         s = tl.gather(free, v, 0) + tl.sum(earlier.to(tl.int32), 1)
         tl.store(order + s, p, mask=p < P)
+        if PADDED:
+            s = tl.where(v < E, s + tl.gather(shift, v, 0), -1)
         tl.store(inverse + p, s, mask=p < P)
         free += tl.histogram(v, EP, mask=p < P)
 
@@ -174,11 +183,14 @@ def tile_capacity(pairs: int, experts: int, bm: int) -> int:
     return pairs // bm + min(experts, pairs)
 
 
-def sort_pairs(ids: Tensor, experts: int, bm: int = 0, rest: int = 0, start: Start = once) -> Sorted:
+def sort_pairs(
+    ids: Tensor, experts: int, bm: int = 0, rest: int = 0, start: Start = once, padded: bool = False
+) -> Sorted:
     """Sort ``ids [T, K]`` (contiguous); ``bm`` > 0 also writes the table of row tiles of that height.
 
     Args:
         rest: so many rows left over belong to the tile before them (see ``config.Tiles.rest``).
+        padded: ``inverse`` counts every tile as ``bm`` rows, and is -1 for ids out of range; wants ``bm``.
     """
     pairs = ids.numel()
     order = ids.new_empty(pairs, dtype=torch.int32)
@@ -206,7 +218,7 @@ def sort_pairs(ids: Tensor, experts: int, bm: int = 0, rest: int = 0, start: Sta
 
     def place() -> Launch:
         summing = {"ROWS": max(1, 4096 // ep), "SINGLE": chunks == 1, "SUMMED": scanned}
-        table = {**summing, "BM": bm, "REST": rest}
+        table = {**summing, "BM": bm, "REST": rest, "PADDED": padded}
         constants = {"CHUNK": chunk, "BLOCK": BLOCK, "EP": ep, **table}
         return Launch(place_kernel, (chunks,), {**constants, "num_warps": 8, **dependent(ids)})
 
@@ -225,7 +237,7 @@ def tile_table(offsets: Tensor, pairs: int, bm: int, rest: int = 0) -> tuple[Ten
     return tiles, capacity
 
 
-def sort_pairs_twin(ids: Tensor, experts: int, bm: int = 0) -> Sorted:
+def sort_pairs_twin(ids: Tensor, experts: int, bm: int = 0, padded: bool = False) -> Sorted:
     """Torch twin of ``sort_pairs``; synchronises, the table has no unused entries."""
     flat = ids.reshape(-1).long()
     bucket = torch.where((flat >= 0) & (flat < experts), flat, experts)
@@ -235,6 +247,10 @@ def sort_pairs_twin(ids: Tensor, experts: int, bm: int = 0) -> Sorted:
     offsets = torch.cat([count.new_zeros(1), count.cumsum(0)])
     ends = offsets.tolist()
     table = [(e, r) for e in range(experts) if bm for r in range(ends[e], ends[e + 1], bm)]
+    if padded:
+        n_tiles = -(-count // bm)
+        shift = torch.cat([(n_tiles.cumsum(0) - n_tiles) * bm - offsets[:-1], count.new_zeros(1)])
+        inverse = torch.where(bucket < experts, inverse + shift[bucket], -1)
     tiles = [len(table), *(e for e, _ in table), *(r for _, r in table)]
     return Sorted(
         order.int(),

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .activation import NO_EPILOGUE, Epilogue, activate
 from .config import Tiles
@@ -69,9 +70,11 @@ class Projection:
         w: the only weight, or gate, or fused gate and up, ``[E, rows, depth]``.
         columns: output columns per expert.
         up: the up weight of a ``separate`` layout.
+        scale: float32 ``[E, blocks of rows, blocks of the depth]``, the scales of an fp8 weight (``scaled``).
+        up_scale: the same for ``up``.
     """
 
-    __slots__ = ("b", "b_up", "columns", "depth", "epilogue", "up", "w", "weights")
+    __slots__ = ("b", "b_up", "columns", "depth", "epilogue", "scale", "up", "up_scale", "w", "weights")
 
     def __init__(
         self,
@@ -81,8 +84,11 @@ class Projection:
         up: Operand | None = None,
         b: Operand | None = None,
         b_up: Operand | None = None,
+        scale: Tensor | None = None,
+        up_scale: Tensor | None = None,
     ) -> None:
         self.w, self.up, self.b, self.b_up = w, up, b, b_up
+        self.scale, self.up_scale = scale, up_scale
         self.columns, self.epilogue = columns, epilogue
         self.depth: int = w.first.shape[-1]
         roles = (w, up, b, b_up)
@@ -153,7 +159,7 @@ def _add_step(a, w, acc, lost, SWAP: tl.constexpr):
 
 
 @triton.jit
-def _over_rows(v, SWAP: tl.constexpr):
+def over_rows(v, SWAP: tl.constexpr):
     """A vector over the rows of a tile, shaped to broadcast over its accumulator."""
     if SWAP:
         return v[None, :]
@@ -171,7 +177,7 @@ def _add_bias(acc, bias, n, limit, stride, SWAP: tl.constexpr):
 
 
 @triton.jit
-def _rows_of_weight(n, limit, EVEN: tl.constexpr, VECTOR: tl.constexpr):
+def rows_of_weight(n, limit, EVEN: tl.constexpr, VECTOR: tl.constexpr):
     """Row numbers of a weight tile; those past the end read row 0, which costs no mask in the loop."""
     if not EVEN:
         n = tl.where(n < limit, n, 0)
@@ -182,13 +188,11 @@ def _rows_of_weight(n, limit, EVEN: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def finish_tile(
+def tile_values(
     acc,  # [BM, WN] fp32, swapped [WN, BM]
     acc_up,  # the same for up rows of their own, else None
     scales,  # None, or one weight per pair, applied to the input
     pair,  # [BM] position in scales
-    out,  # [.., N], dense
-    out_row,  # [BM] int64
     ok,  # [BM]
     e,  # expert
     tn,  # tile number along N
@@ -197,15 +201,16 @@ def finish_tile(
     M: tl.constexpr,  # Meaning
     S: tl.constexpr,  # Shape
     BM: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
-    """``out[out_row, tile] = act(acc * scale + b[e], acc_up * scale + b_up[e])`` for the rows that are ok."""
+    """``act(acc * scale + b[e], acc_up * scale + b_up[e])``, ``[BM, BN]``, swapped ``[BN, BM]``."""
     WIDE: tl.constexpr = M.layout == "interleaved"
     WN: tl.constexpr = 2 * S.bn if WIDE else S.bn
     n_in = tn * WN + tl.arange(0, WN)
     limit = N * 2 if WIDE else N
     if scales is not None:
         # a weight on the input commutes with the product, which keeps it out of the loop
-        scale = _over_rows(tl.load(scales + pair, mask=ok, other=0.0).to(tl.float32), S.swap)
+        scale = over_rows(tl.load(scales + pair, mask=ok, other=0.0).to(tl.float32), S.swap)
         acc *= scale
         if acc_up is not None:
             acc_up *= scale
@@ -221,8 +226,16 @@ def finish_tile(
             acc, acc_up = tl.split(tl.permute(tl.reshape(acc, (S.bn, 2, BM)), (0, 2, 1)))
         else:
             acc, acc_up = tl.split(tl.reshape(acc, (BM, S.bn, 2)))
-    y = activate(acc, acc if acc_up is None else acc_up, M, out.dtype.element_ty == tl.float32)
-    y = y.to(out.dtype.element_ty)
+    return activate(acc, acc if acc_up is None else acc_up, M, EXACT)
+
+
+@triton.jit
+def finish_tile(
+    acc, acc_up, scales, pair, out, out_row, ok, e, tn, N, W, M: tl.constexpr, S: tl.constexpr, BM: tl.constexpr
+):
+    """``out[out_row, tile]`` = ``tile_values`` for the rows that are ok; ``out_row [BM]`` int64."""
+    EXACT: tl.constexpr = out.dtype.element_ty == tl.float32
+    y = tile_values(acc, acc_up, scales, pair, ok, e, tn, N, W, M, S, BM, EXACT).to(out.dtype.element_ty)
     if S.swap:
         y = tl.trans(y)
     c = tn * S.bn + tl.arange(0, S.bn)
@@ -256,7 +269,7 @@ def expert_tile(
     k = tl.arange(0, S.bk)
     n_in = tn * WN + tl.arange(0, WN)
     limit = N * 2 if WIDE else N
-    n = _rows_of_weight(n_in, limit, S.even_n, S.vector_n)
+    n = rows_of_weight(n_in, limit, S.even_n, S.vector_n)
     wp = expert_base(W.w, e, M.w, M.w_aligned) + n[:, None] * W.w.out + k[None, :] * W.w.inp  # [WN, BK]
     xp = x + x_row[:, None] * x_stride + k[None, :]  # [BM, BK]
     acc = tl.zeros((WN, BM) if S.swap else (BM, WN), tl.float32)

@@ -11,6 +11,13 @@ fresh tensors, and treat ids outside ``[0, E)`` as contributing exactly zero.
     or the only input projection), ``w3`` up, ``w2`` down, ``b1 b3 b2`` their biases. ``activation`` and
     ``activation_args`` are ``spec.Activation.name`` and ``.args()``; sums are accumulated in fp32 or better.
 
+``experts_fp8``
+    ``experts`` with float8_e4m3fn weights ``w1 [E, 2I, H]`` (``[E, I, H]`` not gated) and ``w2 [E, H, I]`` that mean
+    ``w * scale``, one float32 scale per block of 128 x 128: ``w1_scale [E, ceil(rows/128), ceil(H/128)]``, ``w2_scale``
+    likewise. ``quantise``: the input of each GEMM is rounded to fp8 too, with a scale per row and 128 of the depth.
+    ``kernels``: ``triton``, or a rule of ``guards.RULES``, which sends a call to DeepGEMM where it holds, or
+    ``deepgemm``, which raises where it cannot run.
+
 ``sort_pairs``
     ``topk_ids [T, K]`` -> ``order [P]`` int32, the flat pair numbers ``t*K + k`` sorted by expert and, within
     an expert, by pair number, pairs with ids out of range last; ``offsets [E + 1]`` int32, where expert ``e``
@@ -29,7 +36,7 @@ fresh tensors, and treat ids outside ``[0, E)`` as contributing exactly zero.
     ``logits [T, E]`` -> weights ``[T, K]`` in ``dtype`` and int64 ids ``[T, K]``, the largest first; ``score``,
     ``renormalise``, ``eps`` and ``scale`` are the fields of ``spec.Router``.
 
-``experts_inner``, ``grouped_linear_inner``, ``combine_inner``, ``route_inner``
+``experts_inner``, ``experts_fp8_inner``, ``grouped_linear_inner``, ``combine_inner``, ``route_inner``
     The same ops without a backward that says what to do, for the graphs that Inductor runs, which autograd has
     already left: the Python function at its dispatch key costs more host time than a launch.
 """
@@ -50,6 +57,9 @@ SIGNATURES = {
     "Tensor[] w1, Tensor[] w3, Tensor[] w2, Tensor[] b1, Tensor[] b3, Tensor[] b2, "
     "str activation, float[] activation_args, bool gated, bool interleaved=False, "
     "bool weight_on_input=False, ScalarType? out_dtype=None) -> Tensor",
+    "experts_fp8": "(Tensor hidden_states, Tensor topk_weights, Tensor topk_ids, Tensor w1, Tensor w1_scale, "
+    "Tensor w2, Tensor w2_scale, str activation, float[] activation_args, bool gated, bool interleaved=False, "
+    "bool weight_on_input=False, bool quantise=True, str kernels='auto', ScalarType? out_dtype=None) -> Tensor",
     "sort_pairs": "(Tensor topk_ids, int num_experts) -> (Tensor, Tensor)",
     "grouped_linear": "(Tensor rows, Tensor[] weight, Tensor[] bias, Tensor offsets) -> Tensor",
     "combine": "(Tensor rows, Tensor order, Tensor offsets, Tensor? topk_weights, int top_k, "
@@ -91,6 +101,27 @@ def _experts(
 ) -> Tensor:
     dtype = out_dtype or hidden_states.dtype
     return hidden_states.new_empty(hidden_states.shape[0], w2[0].shape[-2], dtype=dtype)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::experts_fp8", lib=library)
+def _experts_fp8(
+    hidden_states: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    w1: Tensor,
+    w1_scale: Tensor,
+    w2: Tensor,
+    w2_scale: Tensor,
+    activation: str,
+    activation_args: Sequence[float],
+    gated: bool,
+    interleaved: bool = False,
+    weight_on_input: bool = False,
+    quantise: bool = True,
+    kernels: str = "auto",
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    return hidden_states.new_empty(hidden_states.shape[0], w2.shape[1], dtype=out_dtype or hidden_states.dtype)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::sort_pairs", lib=library)
@@ -138,7 +169,13 @@ def _no_backward(name: str) -> None:
     torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup, lib=library)
 
 
-INNER = {"experts": _experts, "grouped_linear": _grouped_linear, "combine": _combine, "route": _route}
+INNER = {
+    "experts": _experts,
+    "experts_fp8": _experts_fp8,
+    "grouped_linear": _grouped_linear,
+    "combine": _combine,
+    "route": _route,
+}
 BELOW_AUTOGRAD: dict[Any, Any] = {}  # an op -> its inner form
 
 for _name, _fake in INNER.items():

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..quantize import BLOCK, FP8
 from .schema import is_stacked, num_experts
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -30,21 +31,7 @@ def check_experts(
     interleaved: bool,
 ) -> int:
     """Check every argument of ``experts`` and return E."""
-    _floats("hidden_states", hidden_states)
-    check_ids(topk_ids)
-    _dims("hidden_states", hidden_states, ("T", "H"))
-    if topk_ids.shape[0] != hidden_states.shape[0]:
-        raise ValueError(
-            f"topk_ids {_shape(topk_ids)} and hidden_states {_shape(hidden_states)} disagree on the number "
-            "of tokens; flatten batch and sequence of both to one leading dimension"
-        )
-    if not topk_weights.is_floating_point():
-        raise TypeError(f"topk_weights is {topk_weights.dtype}; pass the router's floating point weights")
-    if topk_weights.shape != topk_ids.shape:
-        raise ValueError(
-            f"topk_weights {_shape(topk_weights)} and topk_ids {_shape(topk_ids)} differ; "
-            "both are [T, K], one weight for every chosen expert"
-        )
+    _rows_and_router(hidden_states, topk_weights, topk_ids)
     if not w1 or not w2:
         raise ValueError(f"w1 has {len(w1)} tensors and w2 {len(w2)}; both projections are required")
     if not gated and (w3 or interleaved):
@@ -63,6 +50,42 @@ def check_experts(
     _role("b3", b3, experts, (inner,), dtype)
     _role("b2", b2, experts, (hidden,), dtype)
     return experts
+
+
+def check_fp8(
+    hidden_states: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    w1: Tensor,
+    w1_scale: Tensor,
+    w2: Tensor,
+    w2_scale: Tensor,
+    gated: bool,
+    interleaved: bool,
+) -> None:
+    """Check every argument of ``experts_fp8``."""
+    _rows_and_router(hidden_states, topk_weights, topk_ids)
+    if interleaved and not gated:
+        raise ValueError("interleaved belongs to gated activations; pass gated=True or drop it")
+    for name, weight in (("w1", w1), ("w2", w2)):
+        _dims(name, weight, ("E", "out", "in"))
+        if weight.dtype != FP8:
+            raise TypeError(f"{name} is {weight.dtype}, expected {FP8}; quantise it by moe_compile.quantize_blocks")
+    experts, hidden, inner = w2.shape
+    first = (experts, (2 if gated else 1) * inner, hidden_states.shape[1])
+    if tuple(w1.shape) != first or hidden != hidden_states.shape[1]:
+        raise ValueError(
+            f"w1 {_shape(w1)} and w2 {_shape(w2)} do not fit hidden_states {_shape(hidden_states)}: with w2 "
+            f"[E, H, I] w1 is {list(first)} and H is {hidden_states.shape[1]}"
+        )
+    for name, scale, weight in (("w1_scale", w1_scale, w1), ("w2_scale", w2_scale, w2)):
+        expected = [experts, *(-(-size // block) for size, block in zip(weight.shape[1:], BLOCK, strict=True))]
+        if _shape(scale) != expected:
+            raise ValueError(
+                f"{name} is {_shape(scale)}, expected {expected}: one scale per block of {BLOCK[0]} x {BLOCK[1]}"
+            )
+        if scale.dtype != torch.float32:
+            raise TypeError(f"{name} is {scale.dtype}, expected float32; use {name}.float()")
 
 
 def check_ids(topk_ids: Tensor) -> None:
@@ -127,6 +150,25 @@ def check_route(logits: Tensor, top_k: int) -> None:
     if not 1 <= top_k <= logits.shape[1]:
         raise ValueError(
             f"top_k is {top_k}, but the logits are {_shape(logits)}; choose 1 to {logits.shape[1]} experts"
+        )
+
+
+def _rows_and_router(hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> None:
+    """``hidden_states [T, H]``, ``topk_weights`` and ``topk_ids`` ``[T, K]``."""
+    _floats("hidden_states", hidden_states)
+    check_ids(topk_ids)
+    _dims("hidden_states", hidden_states, ("T", "H"))
+    if topk_ids.shape[0] != hidden_states.shape[0]:
+        raise ValueError(
+            f"topk_ids {_shape(topk_ids)} and hidden_states {_shape(hidden_states)} disagree on the number "
+            "of tokens; flatten batch and sequence of both to one leading dimension"
+        )
+    if not topk_weights.is_floating_point():
+        raise TypeError(f"topk_weights is {topk_weights.dtype}; pass the router's floating point weights")
+    if topk_weights.shape != topk_ids.shape:
+        raise ValueError(
+            f"topk_weights {_shape(topk_weights)} and topk_ids {_shape(topk_ids)} differ; "
+            "both are [T, K], one weight for every chosen expert"
         )
 
 

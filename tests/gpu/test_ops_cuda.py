@@ -25,7 +25,7 @@ from layers import Layer, relative_error  # noqa: E402
 
 from moe_compile.kernels import experts as pipeline  # noqa: E402
 from moe_compile.kernels import grouped  # noqa: E402
-from moe_compile.ops import cuda, tables  # noqa: E402
+from moe_compile.ops import calls, cuda, tables  # noqa: E402
 from moe_compile.spec import Activation  # noqa: E402
 
 PATHS = ("gemv", "decode", "sorted")
@@ -304,7 +304,7 @@ def test_like_calls_bind_once(T: int, separate: bool, monkeypatch: pytest.Monkey
         again = layer(T, 8, 2, 256, 128, dtype=torch.bfloat16, separate=separate, seed=seed)
         out = torch.ops.moe_compile.experts(*again.op_args())
         assert bindings.count == 0
-        cuda._kind.cache_clear()
+        calls.kind_of.cache_clear()
         assert torch.equal(out, torch.ops.moe_compile.experts(*again.op_args()))
         assert bindings.count > 0
         bindings.count = 0
@@ -312,7 +312,7 @@ def test_like_calls_bind_once(T: int, separate: bool, monkeypatch: pytest.Monkey
 
 def test_like_routers_bind_once(monkeypatch: pytest.MonkeyPatch) -> None:
     bindings, counts = Bindings(monkeypatch), []
-    cuda._kind.cache_clear()
+    calls.kind_of.cache_clear()
     wide = torch.randn(50, 24, device="cuda")
     for logits in (
         wide[:, :16].clone(),

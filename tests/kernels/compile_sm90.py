@@ -19,7 +19,20 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from moe_compile.kernels import combine, decode, experts, gemv, grouped, launch, permute, route, sort
+from moe_compile.kernels import (
+    combine,
+    decode,
+    experts,
+    gemv,
+    grouped,
+    launch,
+    permute,
+    quantize,
+    route,
+    scaled_experts,
+    scaled_gemv,
+    sort,
+)  # fmt: skip
 from moe_compile.kernels.activation import Epilogue
 from moe_compile.kernels.config import select
 from moe_compile.kernels.operand import Operand
@@ -41,6 +54,14 @@ CASES: dict[str, dict[str, Any]] = {
     "two": {"T": 16384, "shape": (32, 4, 2880, 2880), "layout": "separate"},
     "single": {"T": 16384, "shape": (32, 4, 2880, 2880), "layout": "single"},
     "one": {"T": 4, "shape": (3, 2, 1, 1)},
+    "fp8-gemv": {"T": 1, "shape": (128, 8, 2048, 768), "fp8": "w8a8"},
+    "fp8-decode": {"T": 16, "shape": (8, 2, 4096, 14336), "fp8": "w8a8"},
+    "fp8-tails": {"T": 33, "shape": (32, 4, 2880, 2880), "layout": "interleaved", "args": GPT_OSS, "fp8": "w8a8"},
+    "fp8-sorted": {"T": 512, "shape": (128, 8, 2048, 768), "fp8": "w8a8"},
+    "fp8-prefill": {"T": 4096, "shape": (8, 2, 4096, 14336), "fp8": "w8a8"},
+    "w8a16-gemv": {"T": 2, "shape": (8, 2, 4096, 14336), "fp8": "w8a16"},
+    "w8a16-decode": {"T": 64, "shape": (128, 8, 2048, 768), "fp8": "w8a16"},
+    "w8a16-prefill": {"T": 4096, "shape": (64, 8, 2048, 1024), "fp8": "w8a16"},
     "fp32-gemv": {"T": 1, "shape": (8, 2, 1024, 2048), "args": GPT_OSS, "dtype": torch.float32},
     "fp32-decode": {"T": 16, "shape": (8, 2, 1024, 2048), "dtype": torch.float32},
     "fp32-sorted": {"T": 300, "shape": (8, 2, 1024, 2048), "dtype": torch.float32},
@@ -81,6 +102,7 @@ def layer(
     layout: str = "concat",
     args: tuple[float, float, float, float, float] = SILU,
     dtype: torch.dtype = torch.bfloat16,
+    fp8: str = "",
 ) -> None:
     E, K, H, I = shape
 
@@ -96,7 +118,18 @@ def layer(
     up = Projection(weight(rows, H), I, Epilogue("silu", args, layout), w3, weight(rows), b3)
     down = Projection(weight(H, I), H, b=weight(H))
     ids, weights = empty(T, K, dtype=torch.int64), empty(T, K, dtype=torch.float32)
-    experts.run(empty(T, H), weights, ids, E, up, down)
+    if not fp8:
+        experts.run(empty(T, H), weights, ids, E, up, down)
+        return
+
+    def scaled(*size: int, **rest: Any) -> Projection:
+        scale = empty(E, *(-(-n // 128) for n in size), dtype=torch.float32)
+        return Projection(Operand([empty(E, *size, dtype=torch.float8_e4m3fn)]), scale=scale, **rest)
+
+    up = scaled(rows, H, columns=I, epilogue=Epilogue("silu", args, layout))
+    down = scaled(H, I, columns=H)
+    plan = scaled_experts.plan_scaled(ids, E, up, down, fp8 == "w8a8", 2)
+    scaled_experts.follow_scaled(plan, empty(T, H), weights, ids, E, up, down, fp8 == "w8a8", False, None)
 
 
 def pieces() -> None:
@@ -107,6 +140,11 @@ def pieces() -> None:
     plan = select("sorted", 500, 1, 8, 96, 64, 2).down
     grouped.grouped_linear(rows, offsets, Projection(weight, 96), plan)
     combine.invert(torch.empty(500, dtype=torch.int32, device="meta"))
+    pairs = sort.sort_pairs(torch.empty(250, 2, dtype=torch.int64, device="meta"), 8, 64, padded=True)
+    quantize.quantize_permute(rows[:250], pairs, 2, 64)
+    wide = torch.empty(pairs.capacity * 64, 256, dtype=torch.bfloat16, device="meta")
+    quantize.activate_quantize(wide, pairs, 128, Epilogue("silu", SILU, "concat"), 64)
+    combine.combine_padded(wide, pairs.inverse, None, 2, torch.bfloat16)
     for tokens in (1, 500):
         logits = torch.empty(tokens, 128, dtype=torch.bfloat16, device="meta")
         route.route(logits, 8, Router(), torch.bfloat16)
@@ -114,7 +152,7 @@ def pieces() -> None:
 
 if __name__ == "__main__":
     driver.set_active(Driver())
-    for module in (combine, decode, gemv, grouped, permute, route, sort):
+    for module in (combine, decode, gemv, grouped, permute, quantize, route, scaled_gemv, sort):
         module.dependent = lambda _: launch.DEPENDENT
     print("triton", triton.__version__)
     for name in sys.argv[1:] or CASES:

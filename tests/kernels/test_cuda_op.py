@@ -13,7 +13,7 @@ import torch
 from layers import Layer, relative_error
 
 from moe_compile.kernels import config, experts, operand, tuned
-from moe_compile.ops import cuda, tables
+from moe_compile.ops import calls, cuda, tables
 from moe_compile.spec import Activation
 
 
@@ -25,12 +25,12 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         assert made.table is not None
         return made.table, made.aligned
 
-    monkeypatch.setattr(cuda, "_on", lambda x: nullcontext())
-    monkeypatch.setattr(cuda, "pointer_table", table)
+    monkeypatch.setattr(cuda, "on", lambda x: nullcontext())
+    monkeypatch.setattr(calls, "pointer_table", table)
     monkeypatch.setattr(experts, "device_of", lambda device: config.H200)
     monkeypatch.setattr(experts, "table_of", lambda folder, device: tmp_path / "table.json")
     tuned.load.cache_clear()
-    cuda._kernel.cache_clear()
+    calls.kernel.cache_clear()
 
 
 @pytest.mark.parametrize("layout", ["concat", "interleaved", "separate"])
@@ -117,7 +117,7 @@ def test_missing_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(name: str) -> None:
         raise ModuleNotFoundError("No module named 'triton'")
 
-    monkeypatch.setattr(cuda, "import_module", fail)
+    monkeypatch.setattr(calls, "import_module", fail)
     with pytest.raises(RuntimeError, match="pip install triton"):
         cuda.experts(*Layer().op_args())  # type: ignore[arg-type]
-    cuda._kernel.cache_clear()
+    calls.kernel.cache_clear()

@@ -1,0 +1,195 @@
+"""The tile of ``tile.py`` with weights in fp8 that carry a scale per block, and rows in fp8 or as they are.
+
+The scheme is DeepSeek-V3's (https://arxiv.org/abs/2412.19437, section 3.3): e4m3 weights with one float32 scale per
+128 x 128 block, rows with one per 128 of the depth. A step of the loop is one block deep, so its product is scaled
+as it is added to the float32 sum, and the tensor core's own narrow sum never spans more than a step. Rows that are
+not quantised are multiplied with weights widened to their dtype, which is exact.
+
+Shape legend: see ``spec.py``.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..quantize import LARGEST, SMALLEST
+from .operand import expert_base
+from .tile import Projection, over_rows, rows_of_weight, tile_values
+
+GROUP = 128  # rows of a weight, and steps of the depth, that share a scale
+
+GROUP_: tl.constexpr = tl.constexpr(GROUP)
+LARGEST_: tl.constexpr = tl.constexpr(LARGEST)
+SMALLEST_: tl.constexpr = tl.constexpr(SMALLEST)
+
+
+class Scales(NamedTuple):
+    """Run-time argument: the float32 scales of one GEMM; None in place of a tensor where there are none.
+
+    Without ``w`` the GEMM is not one of fp8 weights at all.
+    """
+
+    x: Any  # [rows, groups of the depth], dense
+    x_row: int  # its stride
+    w: Any  # [E, blocks of rows, blocks of the depth], any strides
+    up: Any  # the same for an up weight of its own
+    expert: int  # strides of w and up
+    row: int
+    inp: int
+    out: Any  # [rows, groups of the columns], dense: where the scales of quantised results go
+
+
+class Quant(NamedTuple):
+    """What of one GEMM is quantised beside its weights."""
+
+    x: Tensor | None = None  # scales of the rows, else they are not quantised
+    out: Tensor | None = None  # filled with the scales of the results, else they are not quantised
+
+
+PLAIN_ROWS = Quant()
+
+
+def groups(columns: int) -> int:
+    """How many scales a row of ``columns`` has."""
+    return -(-columns // GROUP)
+
+
+NO_SCALES = Scales(None, 0, None, None, 0, 0, 0, None)
+
+
+def scales_of(projection: Projection, quant: Quant) -> Scales:
+    """The launch argument for ``projection``."""
+    w = projection.scale
+    if w is None:
+        return NO_SCALES
+    x_row = 0 if quant.x is None else quant.x.stride(0)
+    expert, row, inp = w.stride()
+    return Scales(quant.x, x_row, w, projection.up_scale, expert, row, inp, quant.out)
+
+
+@triton.jit
+def to_fp8(y, AXIS: tl.constexpr):
+    """fp32 ``y``, one group along ``AXIS`` -> its e4m3 values and its scale."""
+    largest = tl.maximum(tl.max(tl.abs(y), AXIS), SMALLEST_)
+    scale = largest / LARGEST_
+    return (y / tl.expand_dims(scale, AXIS)).to(tl.float8e4nv), scale
+
+
+@triton.jit
+def _row_scales(base, Q, n, first, BN: tl.constexpr, WHOLE: tl.constexpr):
+    """Where the scales of BN weight rows are: one address if they share a block (``WHOLE``), else one per row."""
+    if WHOLE:
+        return base + (first // GROUP_).to(tl.int64) * Q.row
+    else:
+        return base + (n // GROUP_).to(tl.int64) * Q.row
+
+
+@triton.jit
+def _scaled(part, sw, sa, S: tl.constexpr, WHOLE: tl.constexpr):
+    """``part`` times the scales of its weight rows and of its rows."""
+    if WHOLE:
+        both = sw if sa is None else over_rows(sa * sw, S.swap)
+        return part * both
+    elif S.swap:
+        return part * (sw[:, None] if sa is None else sw[:, None] * sa[None, :])
+    else:
+        return part * (sw[None, :] if sa is None else sa[:, None] * sw[None, :])
+
+
+@triton.jit
+def _product(a, wt, SWAP: tl.constexpr):
+    """``a @ wt.T`` of one step; the sum over the steps is the caller's."""
+    if a.dtype != wt.dtype:
+        wt = wt.to(a.dtype)
+    if SWAP:
+        return tl.dot(wt, tl.trans(a), input_precision="ieee")
+    else:
+        return tl.dot(a, tl.trans(wt), input_precision="ieee")
+
+
+@triton.jit
+def scaled_tile(
+    x,  # rows of activations [.., D]
+    x_stride,
+    x_row,  # [BM] int64, a valid row of x even where not ok
+    scales,  # None, or one weight per pair, applied to the input
+    pair,  # [BM] position in scales
+    out,  # [.., N], dense
+    out_row,  # [BM] int64
+    ok,  # [BM]
+    e,  # expert
+    tn,  # tile number along N
+    N,
+    D,
+    Q,  # Scales
+    W,  # Weights
+    M: tl.constexpr,  # Meaning
+    S: tl.constexpr,  # Shape
+    BM: tl.constexpr,
+):
+    """``tile.expert_tile`` with scales; quantises what it writes where ``Q.out`` is given."""
+    TWO: tl.constexpr = M.layout == "concat" or M.layout == "separate"
+    WN: tl.constexpr = 2 * S.bn if M.layout == "interleaved" else S.bn
+    # the rows of a tile share a block where tiles divide blocks and the up half starts on a tile
+    WHOLE: tl.constexpr = S.even_n and WN <= GROUP_
+    tl.static_assert(S.bk == GROUP_)
+    k = tl.arange(0, GROUP_)
+    n_in = tn * WN + tl.arange(0, WN)
+    limit = N * 2 if M.layout == "interleaved" else N
+    n = rows_of_weight(n_in, limit, S.even_n, S.vector_n)
+    wp = expert_base(W.w, e, M.w, M.w_aligned) + n[:, None] * W.w.out + k[None, :] * W.w.inp  # [WN, BK]
+    block = Q.w + e.to(tl.int64) * Q.expert
+    sp = _row_scales(block, Q, n, tn * WN, WN, WHOLE)
+    xp = x + x_row[:, None] * x_stride + k[None, :]  # [BM, BK]
+    if Q.x is not None:
+        ap = Q.x + x_row * Q.x_row
+    acc = tl.zeros((WN, BM) if S.swap else (BM, WN), tl.float32)
+    if TWO:
+        acc_up = tl.zeros((WN, BM) if S.swap else (BM, WN), tl.float32)
+        if M.layout == "concat":
+            up = wp + tl.cast(N, tl.int64) * W.w.out
+            up_step = GROUP_ * W.w.inp
+            tp = _row_scales(block, Q, n + N, tn * WN + N, WN, WHOLE)
+        else:
+            up = expert_base(W.up, e, M.up, M.up_aligned) + n[:, None] * W.up.out + k[None, :] * W.up.inp
+            up_step = GROUP_ * W.up.inp
+            tp = _row_scales(Q.up + e.to(tl.int64) * Q.expert, Q, n, tn * WN, WN, WHOLE)
+    for g in range(0, tl.cdiv(D, GROUP_)):
+        left = D - g * GROUP_
+        if S.even_d:
+            a = tl.load(xp)
+            wt = tl.load(wp, eviction_policy=S.evict)
+        else:
+            a = tl.load(xp, mask=(k < left)[None, :], other=0.0)
+            wt = tl.load(wp, mask=(k < left)[None, :], other=0.0, eviction_policy=S.evict)
+        sa = tl.load(ap + g) if Q.x is not None else None
+        acc += _scaled(_product(a, wt, S.swap), tl.load(sp + g * Q.inp), sa, S, WHOLE)
+        if TWO:
+            if S.even_d:
+                ut = tl.load(up, eviction_policy=S.evict)
+            else:
+                ut = tl.load(up, mask=(k < left)[None, :], other=0.0, eviction_policy=S.evict)
+            acc_up += _scaled(_product(a, ut, S.swap), tl.load(tp + g * Q.inp), sa, S, WHOLE)
+            up += up_step
+        xp += GROUP_
+        wp += GROUP_ * W.w.inp
+    EXACT: tl.constexpr = out.dtype.element_ty == tl.float32
+    y = tile_values(acc, acc_up if TWO else None, scales, pair, ok, e, tn, N, W, M, S, BM, EXACT)
+    c = tn * S.bn + tl.arange(0, S.bn)
+    if Q.out is not None:
+        tl.static_assert(S.bn == GROUP_)
+        COLUMNS: tl.constexpr = 0 if S.swap else 1
+        # what lies past the last column is no part of the group
+        inside = (c < N)[:, None] if S.swap else (c < N)[None, :]
+        y, scale = to_fp8(tl.where(inside, y, 0.0), COLUMNS)
+        tl.store(Q.out + out_row * tl.cdiv(N, GROUP_) + tn, scale, mask=ok)
+    else:
+        y = y.to(out.dtype.element_ty)
+    if S.swap:
+        y = tl.trans(y)
+    tl.store(out + out_row[:, None] * N + c[None, :], y, mask=ok[:, None] & (c < N)[None, :])

@@ -1,0 +1,228 @@
+"""``moe_compile::experts_fp8`` on CPU and CUDA: experts whose weights are fp8 with a scale per block.
+
+On CUDA a call goes to DeepGEMM's grouped GEMMs where the chosen rule of ``guards`` holds and a package computes right,
+else to Triton. The choice is made from shapes once for all calls that are alike, and never waits for the device.
+Shape legend: see ``spec.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..guards import Facts, Failure, TokenRange, decide
+from ..quantize import BLOCK, dequantize_blocks, dequantize_rows, quantize_rows
+from ..spec import Activation, NoMatch
+from .calls import Kind, check_device, epilogue, kernel, kind_of, on, traits
+from .schema import implement
+from .validate import check_fp8
+
+if TYPE_CHECKING:
+    from ..deepgemm.provider import Provider
+    from ..kernels.config import Plan
+    from ..kernels.tile import Projection
+
+KERNELS = ("auto", "vllm", "deepgemm", "triton")  # two rules of ``guards``, and two by name
+
+
+class KernelUnavailable(RuntimeError):
+    """DeepGEMM was asked for by name and cannot run this call; ``code`` is a key of ``codes.CODES``."""
+
+    def __init__(self, code: str, reason: str) -> None:
+        super().__init__(f"{code}: {reason}; use kernels='auto' to let Triton serve such calls")
+        self.code = code
+
+
+class Choice(NamedTuple):
+    """What runs a call: DeepGEMM with blocks of ``align`` rows, or Triton by a plan."""
+
+    provider: Provider | None
+    align: int
+    plan: Plan | None
+
+
+def experts_fp8(
+    hidden_states: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    w1: Tensor,
+    w1_scale: Tensor,
+    w2: Tensor,
+    w2_scale: Tensor,
+    activation: str,
+    activation_args: Sequence[float],
+    gated: bool,
+    interleaved: bool = False,
+    weight_on_input: bool = False,
+    quantise: bool = True,
+    kernels: str = "auto",
+    out_dtype: torch.dtype | None = None,
+    path: str | None = None,
+) -> Tensor:
+    """The CUDA implementation; ``path`` (not in the schema) forces one of ``kernels.config.PATHS`` of Triton."""
+    x, args = hidden_states, tuple(activation_args)
+    tensors = tuple(traits(t) for t in (x, topk_weights, topk_ids, w1, w1_scale, w2, w2_scale))
+    options = (gated, interleaved, weight_on_input, quantise, kernels, out_dtype, path)
+    kind = kind_of("fp8", tensors, activation, args, *options)
+    if not kind.checked:
+        check_fp8(x, topk_weights, topk_ids, w1, w1_scale, w2, w2_scale, gated, interleaved)
+        check_device(
+            x, topk_weights=topk_weights, topk_ids=topk_ids, w1=w1, w1_scale=w1_scale, w2=w2, w2_scale=w2_scale
+        )
+        if kernels not in KERNELS:
+            raise ValueError(f"kernels={kernels!r} is not one of {', '.join(map(repr, KERNELS))}")
+        kind.checked = True
+    count, hidden, inter = w2.shape
+    layout = ("interleaved" if interleaved else "concat") if gated else "single"
+    operand, projection = kernel("operand", "Operand"), kernel("tile", "Projection")
+    with on(x):
+        up = projection(operand((w1,)), inter, epilogue(activation, args, layout), scale=w1_scale)
+        down = projection(operand((w2,)), hidden, scale=w2_scale)
+        choice = _choice(kind, kernels, x, topk_ids, up, down, quantise, path)
+        call = kind.kernels((choice.provider is not None, False)).call()
+        out: Tensor
+        if choice.provider is not None:
+            from ..deepgemm.experts import follow_deepgemm
+
+            out = follow_deepgemm(
+                choice.provider, choice.align, x, topk_weights, topk_ids, count, up, down, weight_on_input, out_dtype,
+                call,
+            )  # fmt: skip
+            kind.warm = True  # its kernels are compiled now, so that a later capture can hold them
+        else:
+            out = kernel("scaled_experts", "follow_scaled")(
+                choice.plan, x, topk_weights, topk_ids, count, up, down, quantise, weight_on_input, out_dtype, call
+            )
+        call.end()
+        return out
+
+
+def _choice(
+    kind: Kind, kernels: str, x: Tensor, ids: Tensor, up: Projection, down: Projection, quantise: bool, path: str | None
+) -> Choice:
+    """What runs this kind of call. DeepGEMM compiles at a first call, which a graph that is captured cannot hold."""
+    cold = not kind.warm and torch.cuda.is_current_stream_capturing()
+    if kind.choice is not None and not (cold and kind.choice.provider is not None):
+        return kind.choice
+    choice = None
+    if kernels != "triton" and path is None:
+        choice = _deepgemm(kernels, x, ids, up, down, quantise, cold)
+    if choice is None:
+        plan_of, device_of = kernel("scaled_experts", "plan_scaled"), kernel("experts", "device_of")
+        device = device_of(x.get_device())
+        plan = plan_of(ids, down.w.first.shape[0], up, down, quantise, x.element_size(), path, device)
+        choice = Choice(None, 0, plan)
+    if not cold:
+        kind.choice = choice
+    return choice
+
+
+def _deepgemm(
+    kernels: str, x: Tensor, ids: Tensor, up: Projection, down: Projection, quantise: bool, cold: bool
+) -> Choice | None:
+    """DeepGEMM for this call, None where the rule says Triton.
+
+    Raises:
+        KernelUnavailable: DeepGEMM was named and cannot run.
+    """
+    from ..deepgemm.experts import alignment
+    from ..deepgemm.provider import find
+
+    failures = refusals("vllm" if kernels == "vllm" else "auto", x, ids, up, down, quantise, None)
+    if kernels == "deepgemm":  # by name: what cannot run it counts, and not what is faster
+        failures = [f for f in failures if f.code != "MC505"]
+    provider: Any = None
+    if not failures:
+        provider = find(x.get_device())
+        if isinstance(provider, NoMatch):
+            failures = [Failure(provider.code, provider.reason)]
+        elif cold:
+            failures = [Failure("MC511", "a CUDA graph is being captured, and no call of this size has run before")]
+    if not failures:
+        tokens, top_k = ids.shape
+        return Choice(provider, alignment(tokens, top_k, down.w.first.shape[0], provider.alignments), None)
+    if kernels == "deepgemm":
+        raise KernelUnavailable(failures[0].code, failures[0].reason)
+    return None
+
+
+def refusals(
+    rule: str, x: Tensor, ids: Tensor, up: Projection, down: Projection, quantise: bool, provider: NoMatch | None
+) -> list[Failure]:
+    """Why calls like this one do not go to DeepGEMM under a rule of ``guards``; nothing if they do."""
+    w1, w2 = up.w.first, down.w.first
+    assert up.scale is not None and down.scale is not None
+    facts = Facts(
+        experts=w2.shape[0],
+        top_k=ids.shape[1],
+        hidden=w2.shape[1],
+        inter=w2.shape[2],
+        w1_dtype=w1.dtype,
+        w2_dtype=w2.dtype,
+        w1_contiguous=w1.is_contiguous() and up.scale.is_contiguous(),
+        w2_contiguous=w2.is_contiguous() and down.scale.is_contiguous(),
+        hidden_contiguous=True,  # the kernel that quantises the rows takes any
+        provider=provider,
+    )
+    failures = list(decide(rule, facts, TokenRange(x.shape[0], x.shape[0])).failed)
+    if not quantise:
+        failures.append(Failure("MC401", "the rows stay as they are, and DeepGEMM multiplies fp8 with fp8"))
+    if x.dtype != torch.bfloat16:
+        failures.append(Failure("MC401", f"hidden_states are {x.dtype}, and DeepGEMM writes bfloat16"))
+    return failures
+
+
+def experts_fp8_cpu(
+    hidden_states: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    w1: Tensor,
+    w1_scale: Tensor,
+    w2: Tensor,
+    w2_scale: Tensor,
+    activation: str,
+    activation_args: Sequence[float],
+    gated: bool,
+    interleaved: bool = False,
+    weight_on_input: bool = False,
+    quantise: bool = True,
+    kernels: str = "auto",
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The CPU implementation: one expert's weights are widened at a time, to float32 (float64 for such rows)."""
+    check_fp8(hidden_states, topk_weights, topk_ids, w1, w1_scale, w2, w2_scale, gated, interleaved)
+    if kernels not in KERNELS:
+        raise ValueError(f"kernels={kernels!r} is not one of {', '.join(map(repr, KERNELS))}")
+    if kernels == "deepgemm":
+        raise KernelUnavailable("MC504", "the tensors are on the CPU, and DeepGEMM needs a CUDA device")
+    act = Activation.from_args(activation, gated, activation_args)
+    dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+    top_k, flat = topk_ids.shape[1], topk_ids.reshape(-1)
+    x, weights = hidden_states.to(dtype), topk_weights.to(dtype).reshape(-1)
+    y = x.new_zeros(flat.numel(), w2.shape[1])  # [P, H]
+    for e in range(w2.shape[0]):
+        pair = torch.where(flat == e)[0]
+        if pair.numel() == 0:
+            continue
+        rows = _rounded(x[pair // top_k], quantise)
+        if weight_on_input:
+            rows = rows * weights[pair, None]
+        h = rows @ dequantize_blocks(w1[e], w1_scale[e], BLOCK, dtype).t()
+        up: Tensor | None = None
+        if gated:
+            h, up = (h[:, 0::2], h[:, 1::2]) if interleaved else h.chunk(2, dim=-1)
+        y[pair] = _rounded(act(h, up), quantise) @ dequantize_blocks(w2[e], w2_scale[e], BLOCK, dtype).t()
+    if not weight_on_input:
+        y = torch.where((flat >= 0) & (flat < w2.shape[0]), weights, 0.0)[:, None] * y
+    return y.view(-1, top_k, y.shape[1]).sum(1).to(out_dtype or hidden_states.dtype)
+
+
+def _rounded(rows: Tensor, quantise: bool) -> Tensor:
+    return dequantize_rows(*quantize_rows(rows), dtype=rows.dtype) if quantise else rows
+
+
+implement("experts_fp8", experts_fp8, "CUDA")
+implement("experts_fp8", experts_fp8_cpu, "CPU")

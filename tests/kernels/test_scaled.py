@@ -1,0 +1,192 @@
+"""Layers with fp8 weights and block scales on every path, against the twin and against float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from layers import Layer, relative_error
+from torch import Tensor
+from triton.runtime.errors import InterpreterError
+
+from moe_compile.kernels.config import Plan, Tiles
+from moe_compile.kernels.operand import Operand
+from moe_compile.kernels.quantize import (
+    activate_quantize,
+    activate_quantize_twin,
+    quantize_permute,
+    quantize_rows,
+)
+from moe_compile.kernels.scaled import GROUP
+from moe_compile.kernels.scaled_experts import follow_scaled, plan_scaled, run_scaled_twin
+from moe_compile.kernels.sort import sort_pairs, sort_pairs_twin
+from moe_compile.kernels.tile import Projection
+from moe_compile.quantize import dequantize_blocks, dequantize_rows, quantize_blocks
+from moe_compile.quantize import quantize_rows as quantize_twin
+from moe_compile.spec import Activation
+
+GPT_OSS = Activation("silu", alpha=1.702, gate_limit=0.7, up_limit=0.7, up_offset=1.0)
+PATHS = ("gemv", "decode", "sorted")
+
+
+def blocks(w: Tensor) -> tuple[Tensor, Tensor]:
+    """``w [E, rows, depth]`` as fp8 with a scale per block, neighbouring ones far apart: a wrong one shows."""
+    e, rows, depth = w.shape
+    up, across = -(-rows // GROUP), -(-depth // GROUP)
+    factor = torch.exp2(torch.arange(e * up * across) % 5).view(e, up, across)
+    return quantize_blocks(w * dequantize_blocks(torch.ones_like(w), factor))
+
+
+def quantised(layer: Layer) -> tuple[Projection, Projection]:
+    """The operands of the layer in fp8; the layer itself gets the weights that they stand for."""
+    up, down = layer.projections()
+    out = []
+    for projection, names in ((up, ("w1", "w3")), (down, ("w2",))):
+        roles = []
+        for name, role in zip(names, (projection.w, projection.up), strict=False):
+            if role is None:
+                roles.append((None, None))
+                continue
+            q, scale = blocks(role.first)
+            setattr(layer, name, [dequantize_blocks(q, scale)])
+            roles.append((Operand((q,)), scale))
+        (w, scale), (value, up_scale) = roles[0], roles[1] if len(roles) > 1 else (None, None)
+        biases = projection.b, projection.b_up
+        out.append(Projection(w, projection.columns, projection.epilogue, value, *biases, scale, up_scale))
+    return out[0], out[1]
+
+
+def check(path: str, quantise: bool, plan: Plan | None = None, **form: Any) -> None:
+    layer = Layer(**{"T": 3, "E": 4, "K": 2, "H": 320, "I": 192, **form})
+    up, down = quantised(layer)
+    chosen = plan or plan_scaled(layer.ids, layer.E, up, down, quantise, 4, path)
+    assert chosen.path == path
+    args = (layer.x, layer.weights, layer.ids, layer.E, up, down, quantise, layer.weight_on_input)
+    ours = follow_scaled(chosen, *args, None)
+    twin = run_scaled_twin(*args)
+    assert ours.shape == (layer.T, layer.H)
+    if not quantise:
+        assert relative_error(ours, layer.truth()) < 3e-6
+        assert relative_error(twin, layer.truth()) < 3e-6
+        return
+    # a sum that differs in its last bit can round to another fp8 neighbour
+    assert relative_error(ours, twin) < 2e-3
+    if path != "gemv" and layer.routing != "nobody" and layer.T:
+        assert 1e-3 < relative_error(ours, layer.truth()) < 0.1  # the rows were rounded, no more
+
+
+@pytest.mark.parametrize("quantise", [False, True])
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("T", "E", "K"), [(0, 3, 2), (1, 1, 1), (2, 9, 4), (7, 5, 5), (20, 4, 2)])
+def test_sizes(path: str, quantise: bool, T: int, E: int, K: int) -> None:
+    check(path, quantise, T=min(T, 2) if path == "gemv" else T, E=E, K=K)
+
+
+@pytest.mark.parametrize("quantise", [False, True])
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("layout", ["concat", "interleaved", "separate", "single"])
+def test_layouts(path: str, quantise: bool, layout: str) -> None:
+    act = Activation("relu2", gated=False) if layout == "single" else GPT_OSS
+    check(path, quantise, activation=act, layout=layout, bias=True, weight_on_input=True, routing="sentinels")
+
+
+@pytest.mark.parametrize("quantise", [False, True])
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("H", "I"), [(128, 128), (256, 64), (136, 72), (64, 200), (40, 24)])
+def test_odd_sizes(path: str, quantise: bool, H: int, I: int) -> None:
+    check(path, quantise, H=H, I=I, T=2)
+
+
+@pytest.mark.parametrize("quantise", [False, True])
+@pytest.mark.parametrize("routing", ["one", "nobody", "distinct"])
+@pytest.mark.parametrize("path", PATHS)
+def test_routing(path: str, routing: str, quantise: bool) -> None:
+    check(path, quantise, routing=routing, index=torch.int32, T=2 if path == "gemv" else 9)
+
+
+@pytest.mark.parametrize("path", ["decode", "sorted"])
+@pytest.mark.parametrize("tail", [0, 1, 2])
+def test_tiles(path: str, tail: int) -> None:
+    """Several tiles of one expert, and lower last tiles, swapped and not."""
+    for swap in (False, True):
+        down = Tiles(16, 64, 128, 4, 2, swap, tail)
+        check(path, True, Plan(path, Tiles(16, 256, 128, 4, 2, swap, tail), down), T=30, E=3)
+        check(path, False, Plan(path, down, down), T=30, E=3)
+
+
+def test_without_a_column_block_no_results_are_quantised() -> None:
+    narrow = Tiles(16, 128, 128, 4, 2, True)
+    with pytest.raises(InterpreterError, match="AssertionError"):
+        check("decode", True, Plan("decode", narrow, narrow))
+
+
+@pytest.mark.parametrize("shape", [(0, 128), (1, 128), (5, 300), (3, 64), (1030, 256)])
+def test_rows(shape: tuple[int, int]) -> None:
+    x = torch.randn(shape) * 3
+    if shape[0] > 2:
+        x[1] = 0
+        x[2, 3] = 1e30
+    q, scale = quantize_rows(x)
+    expected, s = quantize_twin(x)
+    assert torch.equal(scale, s)
+    assert torch.equal(q.view(torch.uint8), expected.view(torch.uint8))
+    assert shape[0] <= 2 or bool((dequantize_rows(q, scale)[1] == 0).all())
+
+
+def test_not_a_number_stays_one() -> None:
+    x = torch.randn(2, 256)
+    x[0, 5], x[1, 200] = float("nan"), float("inf")
+    wide = dequantize_rows(*quantize_rows(x))
+    assert bool(wide[0, 5].isnan())
+    assert not bool(wide[1, 200].isfinite())
+    assert bool(wide[0, 128:].isfinite().all())
+    assert bool(wide[1, :128].isfinite().all())
+
+
+@pytest.mark.parametrize("align", [32, 64, 128])
+@pytest.mark.parametrize(("T", "E", "K"), [(1, 3, 2), (70, 5, 3), (130, 2, 1), (40, 60, 2)])
+def test_padded_order(T: int, E: int, K: int, align: int) -> None:
+    """Every pair's row is where the table says, its block belongs to its expert, dead blocks to nobody."""
+    g = torch.Generator().manual_seed(1)
+    ids = torch.randint(-1, E + 1, (T, K), generator=g)
+    x = torch.randn(T, 200, generator=g)
+    pairs = sort_pairs(ids, E, align, padded=True)
+    twin = sort_pairs_twin(ids, E, align, padded=True)
+    assert torch.equal(pairs.inverse, twin.inverse)
+    q, scale, layout = quantize_permute(x, pairs, K, align)
+    assert scale.stride(0) == 1 and scale.stride(1) % 4 == 0
+    live = int(pairs.tiles[0])
+    assert layout.shape == (pairs.capacity * align,)
+    expected = torch.full((pairs.capacity,), -1, dtype=torch.int32)
+    expected[:live] = twin.tiles[1 : 1 + live]
+    assert torch.equal(layout.view(-1, align), expected[:, None].expand(-1, align))
+    flat, position = ids.reshape(-1), pairs.inverse.long()
+    valid = (flat >= 0) & (flat < E)
+    assert bool((position[~valid] == -1).all())
+    assert position[valid].unique().numel() == int(valid.sum())
+    assert torch.equal(layout[position[valid]].long(), flat[valid])
+    rows = torch.arange(T).repeat_interleave(K)[valid]
+    wanted, s = quantize_twin(x)
+    assert torch.equal(q[position[valid]].view(torch.uint8), wanted[rows].view(torch.uint8))
+    assert torch.equal(scale[position[valid]], s[rows])
+
+
+@pytest.mark.parametrize("layout", ["concat", "interleaved", "single"])
+@pytest.mark.parametrize("columns", [128, 200])
+def test_activation_to_fp8(layout: str, columns: int) -> None:
+    """Rows that are pairs are activated; no other row is read or written."""
+    from moe_compile.kernels.activation import Epilogue
+
+    g = torch.Generator().manual_seed(2)
+    ids = torch.randint(-1, 4, (25, 2), generator=g)
+    pairs = sort_pairs(ids, 4, 32, padded=True)
+    epilogue = Epilogue("silu", tuple(GPT_OSS.args()), layout)  # type: ignore[arg-type]
+    rows = pairs.capacity * 32
+    x = torch.full((rows, columns if layout == "single" else 2 * columns), float("nan"))
+    position = pairs.inverse[pairs.inverse >= 0].long()
+    x[position] = torch.randn(position.numel(), x.shape[1], generator=g)
+    q, scale = activate_quantize(x, pairs, columns, epilogue, 32)
+    wanted, s = activate_quantize_twin(x[position], columns, epilogue)
+    assert relative_error(scale[position], s) < 1e-6
+    assert relative_error(dequantize_rows(q[position], scale[position]), dequantize_rows(wanted, s)) < 2e-3
