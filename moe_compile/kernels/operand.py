@@ -71,6 +71,17 @@ class Operand(NamedTuple):
         return Address(ptr, expert, strides[0], strides[1] if len(strides) > 1 else 0)
 
     @property
+    def turned(self) -> bool:
+        """Whether the weights (not biases) of an expert are dense along ``out`` and not along ``in``."""
+        out, inp = self.first.stride()[-2:]
+        return out == 1 != inp
+
+    @property
+    def stored(self) -> Tensor:
+        """``[E, out, in]``, or ``[E, in, out]`` of turned weights, if stacked."""
+        return self.first.mT if self.turned else self.first
+
+    @property
     def describable(self) -> bool:
         """Whether a tensor descriptor (TMA) can hold the weights: stacked, dense rows, all of it on vectors.
 
@@ -78,11 +89,11 @@ class Operand(NamedTuple):
         """
         if self.table is not None:
             return False
-        w = self.first  # [E, out, in]
-        expert, out, inp = w.stride()
+        w = self.stored
+        expert, row, element = w.stride()
         size = w.element_size()
-        even = out * size % VECTOR_BYTES == 0 and w.data_ptr() % VECTOR_BYTES == 0
-        return inp == 1 and even and out >= w.shape[2] and expert >= out and expert % out == 0
+        even = row * size % VECTOR_BYTES == 0 and w.data_ptr() % VECTOR_BYTES == 0
+        return element == 1 and even and row >= w.shape[2] and expert >= row and expert % row == 0
 
     def element(self) -> Any:
         """Element type behind the table, or None when stacked: a compile-time switch of the kernels."""

@@ -43,6 +43,7 @@ class Meaning(NamedTuple):
     up_offset: float
     gated: bool
     layout: str
+    turned: bool  # weights are dense along their output dimension, not along their input dimension
     w: Any
     w_aligned: bool
     up: Any
@@ -98,10 +99,10 @@ class Projection:
     def meaning(self) -> Meaning:
         """The compile-time meaning."""
         epilogue, (w_aligned, up_aligned) = self.epilogue, self.aligned
-        element = [None if role is None else role.element() for role in (self.w, self.up, self.b, self.b_up)]
-        return Meaning(
-            *epilogue.function, epilogue.layout, element[0], w_aligned, element[1], up_aligned, *element[2:]
-        )
+        roles = (self.w, self.up, self.b, self.b_up)
+        w, up, b, b_up = (None if role is None else role.element() for role in roles)
+        function, turned = epilogue.function, self.w.turned
+        return Meaning(*function, epilogue.layout, turned, w, w_aligned, up, up_aligned, b, b_up)
 
     @property
     def aligned(self) -> tuple[bool, bool]:
@@ -129,11 +130,11 @@ class Projection:
     def describable(self) -> bool:
         """Whether ``tma.describe`` can describe the weights."""
         w, up = self.w, self.up
-        if not (w.describable and (up is None or up.describable)):
+        if not (w.describable and (up is None or (up.describable and up.turned == w.turned))):
             return False
-        # gate and up of all experts count as one dimension
+        # gate and up rows of all experts count as one dimension
         expert, out, _ = w.first.stride()
-        return self.epilogue.layout != "concat" or expert == 2 * self.columns * out
+        return self.epilogue.layout != "concat" or w.turned or expert == 2 * self.columns * out
 
 
 @triton.jit

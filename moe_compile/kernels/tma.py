@@ -3,8 +3,9 @@
 A descriptor made on the host and passed by value names the whole weight, so one thread asks for a tile of
 weights, which arrives in shared memory as the tensor core wants it: no addresses in registers. What lies
 outside of the tensor reads as zero. The expert is a dimension of its own, hence a tile that reaches past the
-last row of its expert reads zeros and never the next expert. fp32 does not come here (``config.select``): its
-steps are added otherwise (``tile._add_step``).
+last row of its expert reads zeros and never the next expert. Weights stored ``[E, in, out]`` (``turned``) come
+as they lie, and the tensor core turns them. fp32 does not come here (``config.select``): its steps are added
+otherwise (``tile._add_step``).
 
 Shape legend: see ``spec.py``.
 """
@@ -35,18 +36,20 @@ def describe(projection: Projection, plan: Tiles) -> tuple[Any, Any]:
     """Descriptors of the weight and of a separate up weight (else None); wants ``Projection.describable``."""
     layout = projection.epilogue.layout
     bn = projection.columns_of(plan)
-    if layout == "concat":
+    if layout == "concat" and not projection.w.turned:
         w = projection.w.first  # [E, 2*N, D], seen as [E*2, N, D]
         sizes, out = [2 * w.shape[0], projection.columns, w.shape[2]], w.stride(1)
         block = [1 if plan.swap else 2, bn, plan.bk]
         return TensorDescriptor(w, sizes, [projection.columns * out, out, 1], block), None
     rows = 2 * bn if layout == "interleaved" else bn
-    first = _describe(projection.w, [1, rows, plan.bk])
-    return first, None if projection.up is None else _describe(projection.up, [1, rows, plan.bk])
+    block = [1, plan.bk, rows] if projection.w.turned else [1, rows, plan.bk]
+    first = _describe(projection.w, block)
+    return first, None if projection.up is None else _describe(projection.up, block)
 
 
 def _describe(role: Operand, block: list[int]) -> Any:
-    return TensorDescriptor(role.first, list(role.first.shape), list(role.first.stride()), block)
+    w = role.stored
+    return TensorDescriptor(w, list(w.shape), list(w.stride()), block)
 
 
 def describe_rows(x: Tensor, bm: int, bk: int) -> Any:
@@ -79,6 +82,26 @@ def _row_tile(xp, k, left, EVEN: tl.constexpr):
 
 
 @triton.jit
+def _weight_tile(wd, e, n, up, N, d, ROWS: tl.constexpr, M: tl.constexpr, S: tl.constexpr):
+    """``[ROWS, BK]`` of the weights from row ``n`` on; of a concat layout gate rows, or with ``up`` = 1 up rows."""
+    if M.turned:
+        # past the last gate column lie up columns: they end in columns of the result that nobody stores
+        return tl.trans(tl.reshape(wd.load([e, d, up * N + n]), (S.bk, ROWS)))
+    else:
+        PARTS: tl.constexpr = 2 if M.layout == "concat" else 1
+        return tl.reshape(wd.load([e * PARTS + up, n, d]), (ROWS, S.bk))
+
+
+@triton.jit
+def _up_tile(wd, ud, e, n, N, d, ROWS: tl.constexpr, M: tl.constexpr, S: tl.constexpr):
+    """The same of the up rows, wherever they are."""
+    if M.layout == "separate":
+        return _weight_tile(ud, e, n, 0, N, d, ROWS, M, S)
+    else:
+        return _weight_tile(wd, e, n, 1, N, d, ROWS, M, S)
+
+
+@triton.jit
 def described_tile(
     x,  # rows of activations [.., D]
     x_stride,
@@ -103,11 +126,10 @@ def described_tile(
 ):
     """``tile.expert_tile`` with descriptors; with ``xd``, rows that are not ok are other rows of x, or zero."""
     # gate and up as the two halves of one operand: one wide tensor-core instruction instead of two
-    FUSED: tl.constexpr = M.layout == "concat" and not S.swap
-    TWO: tl.constexpr = M.layout == "separate" or (M.layout == "concat" and S.swap)
+    FUSED: tl.constexpr = M.layout == "concat" and not S.swap and not M.turned
+    TWO: tl.constexpr = M.layout == "separate" or (M.layout == "concat" and not FUSED)
     WN: tl.constexpr = 2 * S.bn if M.layout == "interleaved" else S.bn
     ROWS: tl.constexpr = 2 * S.bn if FUSED else WN
-    PARTS: tl.constexpr = 2 if M.layout == "concat" else 1
     k = tl.arange(0, S.bk)
     xp = x + x_row[:, None] * x_stride + k[None, :]  # [BM, BK]
     acc = tl.zeros((ROWS, BM) if S.swap else (BM, ROWS), tl.float32)
@@ -118,13 +140,9 @@ def described_tile(
             a = xd.load([first, d])
         else:
             a = _row_tile(xp, k, D - d, S.even_d)
-        acc = dot(a, tl.reshape(wd.load([e * PARTS, tn * WN, d]), (ROWS, S.bk)), acc, S.swap)
+        acc = dot(a, _weight_tile(wd, e, tn * WN, 0, N, d, ROWS, M, S), acc, S.swap)
         if TWO:
-            if M.layout == "separate":
-                ut = ud.load([e, tn * WN, d])
-            else:
-                ut = wd.load([e * 2 + 1, tn * WN, d])
-            acc_up = dot(a, tl.reshape(ut, (ROWS, S.bk)), acc_up, S.swap)
+            acc_up = dot(a, _up_tile(wd, ud, e, tn * WN, N, d, ROWS, M, S), acc_up, S.swap)
         xp += S.bk
     if FUSED:
         acc, acc_up = tl.split(tl.permute(tl.reshape(acc, (BM, 2, S.bn)), (0, 2, 1)))
@@ -141,7 +159,6 @@ def shared_tile(
     """BA + BB rows, both powers of two, over the same weights; swapped operands only."""
     TWO: tl.constexpr = M.layout == "concat" or M.layout == "separate"
     WN: tl.constexpr = 2 * S.bn if M.layout == "interleaved" else S.bn
-    PARTS: tl.constexpr = 2 if M.layout == "concat" else 1
     k = tl.arange(0, S.bk)
     oka, sa, pa, ra = tile_rows(order, first, 0, length, K, BA)
     okb, sb, pb, rb = tile_rows(order, first, BA, length, K, BB)
@@ -155,14 +172,11 @@ def shared_tile(
     for d in range(0, D, S.bk):
         a = _row_tile(xa, k, D - d, S.even_d)
         b = _row_tile(xb, k, D - d, S.even_d)
-        wt = tl.reshape(wd.load([e * PARTS, tn * WN, d]), (WN, S.bk))
+        wt = _weight_tile(wd, e, tn * WN, 0, N, d, WN, M, S)
         ca = dot(a, wt, ca, True)
         cb = dot(b, wt, cb, True)
         if TWO:
-            if M.layout == "separate":
-                ut = tl.reshape(ud.load([e, tn * WN, d]), (WN, S.bk))
-            else:
-                ut = tl.reshape(wd.load([e * 2 + 1, tn * WN, d]), (WN, S.bk))
+            ut = _up_tile(wd, ud, e, tn * WN, N, d, WN, M, S)
             ua = dot(a, ut, ua, True)
             ub = dot(b, ut, ub, True)
         xa += S.bk

@@ -158,7 +158,7 @@ def test_storage(path: str, layout: str, transposed: bool, T: int) -> None:
     """Stacked and separate weights give the same bits.
 
     On the sorted path stacked ones may be read by descriptors, in tiles of other heights and widths (T=400: the
-    ladder, T=1200: whole tiles), and transposed ones never are. But no tile splits a sum, steps are 64 deep in
+    ladder, T=1200: whole tiles), and separate ones never are. But no tile splits a sum, steps are 64 deep in
     both plans (``tests/kernels/test_plans.py``), and every instruction is a wgmma of depth 16, so each element
     adds the same products in the same order.
     """
@@ -174,7 +174,10 @@ def test_storage(path: str, layout: str, transposed: bool, T: int) -> None:
 @pytest.mark.parametrize("layout", ["concat", "interleaved", "separate", "single"])
 @pytest.mark.parametrize(("H", "I"), [(320, 176), (256, 384), (72, 40)])
 @pytest.mark.parametrize("T", [200, 1200, 3000])  # graded heights; short last tiles; many tiles
-def test_descriptors(dtype: torch.dtype, layout: str, H: int, I: int, T: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("transposed", [False, True])
+def test_descriptors(
+    dtype: torch.dtype, layout: str, H: int, I: int, T: int, transposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[str] = []
     original = grouped.describe
 
@@ -184,7 +187,8 @@ def test_descriptors(dtype: torch.dtype, layout: str, H: int, I: int, T: int, mo
 
     monkeypatch.setattr(grouped, "describe", spy)
     activation = Activation(gated=layout != "single")
-    case = layer(T, 6, 3, H, I, activation, layout, dtype=dtype, bias=True, routing="sentinels")
+    form = {"dtype": dtype, "bias": True, "routing": "sentinels", "transposed": transposed}
+    case = layer(T, 6, 3, H, I, activation, layout, **form)
     first = check(case)
     if pipeline.device_of(0).tma:
         assert len(seen) == 2

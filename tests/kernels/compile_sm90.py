@@ -66,6 +66,8 @@ CASES: dict[str, dict[str, Any]] = {
     "fp32-decode": {"T": 16, "shape": (8, 2, 1024, 2048), "dtype": torch.float32},
     "fp32-sorted": {"T": 300, "shape": (8, 2, 1024, 2048), "dtype": torch.float32},
 }
+TURNED = ("prefill", "ladder", "tall", "concat", "many", "two", "single")
+CASES |= {f"turned-{name}": {**CASES[name], "transposed": True} for name in TURNED}
 
 
 class Driver:
@@ -99,6 +101,7 @@ def layer(
     T: int,
     shape: tuple[int, int, int, int],
     separate: bool = False,
+    transposed: bool = False,
     layout: str = "concat",
     args: tuple[float, float, float, float, float] = SILU,
     dtype: torch.dtype = torch.bfloat16,
@@ -110,7 +113,8 @@ def layer(
         return torch.empty(*size, dtype=dtype, device="meta")
 
     def weight(*size: int) -> Operand:
-        w = empty(E, *size)
+        turned = transposed and len(size) == 2
+        w = empty(E, *size[::-1]).mT if turned else empty(E, *size)
         return Operand([w[0]] * E, empty(E, dtype=torch.int64), True) if separate else Operand([w])
 
     rows = 2 * I if layout in ("concat", "interleaved") else I

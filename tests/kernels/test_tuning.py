@@ -141,7 +141,8 @@ def test_every_candidate_fits() -> None:
     assert not p.fits(replace(plan, up=replace(plain, stages=9)))  # shared memory
     assert not p.fits(replace(plan, up=replace(plain, warps=4)))  # registers
     assert not p.fits(replace(plan, up=replace(plain, rows_tma=True)))  # not sound
-    p = problem(4096, hidden=512, inter=256, dtype="bfloat16", storage="transposed")
+    assert problem(4096, hidden=512, inter=256, dtype="bfloat16", storage="transposed").standard() == plan
+    p = problem(4096, hidden=512, inter=256, dtype="bfloat16", storage="separate")
     assert list(p.neighbours(p.standard()))
     assert not any(n.up.tma or n.down.tma for n in p.neighbours(p.standard()))
 
