@@ -5,9 +5,9 @@ Run ``MOE_COMPILE_DEEP_GEMM=carried/deep_gemm_home python benchmarks/experts_fp8
 by blocks of 128 x 128, rows by 128 columns. Every output is checked against float32 products of the same rounded
 operands before it is timed. The limit counts one byte per weight and the rate of ``torch._scaled_mm``.
 
-Peers: ``ours`` (what the op chooses), ``triton`` and ``dg32``, ``dg64``, ``dg128`` (our two families by name, the latter
-with blocks of so many rows), ``w8a16`` (ours, rows not quantised), ``bf16`` (ours, weights in bfloat16), ``vllm_fp8``
-(vLLM's Triton kernel with the settings that vLLM has without a tuned file, or the faster of two).
+Peers: ``ours`` (what the op chooses), ``triton`` and ``dg32``, ``dg64``, ``dg128`` (our two families by name, the
+latter with blocks of so many rows), ``w8a16`` (ours, rows not quantised), ``bf16`` (ours, weights in bfloat16),
+``vllm_fp8`` (vLLM's Triton kernel, the fastest of three settings, the first of which vLLM has without a tuned file).
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ from moe_compile.quantize import dequantize_blocks, dequantize_rows, quantize_bl
 
 PEERS = ("ours", "triton", "dg32", "dg64", "dg128", "w8a16", "bf16", "vllm_fp8")
 SAMPLE = 256
-MAX_ERROR = {"w8a16": 0.06, "bf16": 0.06}  # against rounded rows: these do not round them
-LIMIT_ERROR = 0.015
+# Against rounded rows, which two peers do not round; a sum that differs a little can round to another fp8 neighbour.
+MAX_ERROR = {"w8a16": 0.08, "bf16": 0.08}
+LIMIT_ERROR = 0.03
 STANDARD = deepgemm.ROWS_PER_EXPERT
 SILU = [1.0, float("inf"), float("inf"), float("inf"), 0.0]
 Weights = dict[str, Tensor]

@@ -22,7 +22,9 @@ from .spec import NoMatch
 from .torch_compat import symbol_range
 
 ALIGNMENT = 128  # rows and columns of DeepGEMM's tiles, and of a block of scales
-AUTO_ROWS_PER_EXPERT = 32  # mean rows per expert from which DeepGEMM wins; a placeholder until it is measured
+# Mean rows per expert from which DeepGEMM wins over Triton; one H100: even or behind at 128, 10 to 34 % ahead at 256.
+AUTO_ROWS_PER_EXPERT = 192
+TAIL = 64  # what sizes must be a multiple of where a package has shown that it computes partial blocks right
 WEIGHT_DTYPE = torch.float8_e4m3fn
 
 T = symbols("T", integer=True, nonnegative=True)
@@ -51,6 +53,8 @@ class Conjunct:
 _PROVIDER = Conjunct("MC501", "provider", PROVIDER, "{provider.reason}")
 _I_ALIGNED = Conjunct("MC404", "I aligned", Eq(Mod(I, ALIGNMENT), 0), f"I={{I}} is not a multiple of {ALIGNMENT}")
 _H_ALIGNED = Conjunct("MC404", "H aligned", Eq(Mod(H, ALIGNMENT), 0), f"H={{H}} is not a multiple of {ALIGNMENT}")
+_I_TAIL = Conjunct("MC404", "I in tails", Eq(Mod(I, TAIL), 0), f"I={{I}} is not a multiple of {TAIL}")
+_H_TAIL = Conjunct("MC404", "H in tails", Eq(Mod(H, TAIL), 0), f"H={{H}} is not a multiple of {TAIL}")
 _DTYPES = Conjunct("MC401", "dtypes", DTYPES, f"w1 is {{w1_dtype}}, w2 is {{w2_dtype}}; both must be {WEIGHT_DTYPE}")
 _CONTIGUOUS = Conjunct("MC403", "contiguous", CONTIGUOUS, "not contiguous: {strided}")
 
@@ -75,8 +79,8 @@ AUTO_RULE = (
         T * K >= AUTO_ROWS_PER_EXPERT * E,
         f"T={{T}}, K={{K}}, E={{E}}: fewer than {AUTO_ROWS_PER_EXPERT} rows per expert",
     ),
-    _I_ALIGNED,
-    _H_ALIGNED,
+    _I_TAIL,
+    _H_TAIL,
     _DTYPES,
     _CONTIGUOUS,
 )

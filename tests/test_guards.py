@@ -112,18 +112,28 @@ def test_width_at_the_border(tokens: TokenRange) -> None:
     assert decide("vllm", replace(GOOD, inter=640), tokens).failed == ()
 
 
+MULTIPLES = {"vllm": 128, "auto": 64}
+
+
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("size", [1, 127, 129, 704, 1000, 1025])
+@pytest.mark.parametrize("size", [1, 63, 65, 127, 129, 1000, 1025])
 def test_unaligned_hidden_size(rule: str, size: int) -> None:
     facts = replace(GOOD, hidden=size)
-    assert only_failure(rule, facts, MANY) == ("MC404", f"H={size} is not a multiple of 128")
+    assert only_failure(rule, facts, MANY) == ("MC404", f"H={size} is not a multiple of {MULTIPLES[rule]}")
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("size", [639, 641, 704])
+@pytest.mark.parametrize("size", [639, 641, 735])
 def test_unaligned_intermediate_size(rule: str, size: int) -> None:
     facts = replace(GOOD, inter=size)
-    assert only_failure(rule, facts, MANY) == ("MC404", f"I={size} is not a multiple of 128")
+    assert only_failure(rule, facts, MANY) == ("MC404", f"I={size} is not a multiple of {MULTIPLES[rule]}")
+
+
+@pytest.mark.parametrize("size", [704, 2880])
+def test_partial_blocks(size: int) -> None:
+    for facts in (replace(GOOD, hidden=size), replace(GOOD, inter=size)):
+        assert decide("auto", facts, MANY).verdict == "deepgemm"
+        assert decide("vllm", facts, MANY).failed[0].code == "MC404"
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -191,7 +201,7 @@ def test_failures_come_in_the_order_of_the_cost_model() -> None:
     rows = f"MC505 T=5, K=2, E=8: fewer than {ROWS} rows per expert"
     names = ("I", "H", "dtypes", "contiguous")
     expected = "; ".join((BAD_REASONS["provider"], rows, *(BAD_REASONS[name] for name in names)))
-    assert decide("auto", BAD, TokenRange(5, 5)).text() == "Triton: " + expected
+    assert decide("auto", BAD, TokenRange(5, 5)).text() == "Triton: " + expected.replace("of 128", "of 64")
 
 
 def test_a_condition_on_unknown_tokens_is_no_failure() -> None:
@@ -247,8 +257,9 @@ def test_the_cost_model_counts_rows_per_expert(experts: int, top_k: int) -> None
 
 def test_the_cost_model_has_none_of_the_fixed_borders() -> None:
     facts = replace(GOOD, inter=128, experts=1, top_k=1)
-    assert decide("auto", facts, TokenRange(127, 127)).verdict == "deepgemm"
-    assert [f.code for f in decide("vllm", facts, TokenRange(127, 127)).failed] == ["MC509", "MC510"]
+    few = replace(facts, top_k=2)  # as many rows per expert from half the tokens
+    assert decide("auto", few, TokenRange(100, 100)).verdict == "deepgemm"
+    assert [f.code for f in decide("vllm", few, TokenRange(100, 100)).failed] == ["MC509", "MC510"]
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -262,8 +273,8 @@ def test_several_borders_on_tokens_make_the_highest(order: int, monkeypatch: pyt
 # --- against a transcription, and against the formulas themselves -------------------------------------------
 
 
-def usable(facts: Facts) -> bool:
-    whole_tiles = all(size // 128 * 128 == size for size in (facts.hidden, facts.inter))
+def usable(facts: Facts, multiple: int) -> bool:
+    whole_tiles = all(size // multiple * multiple == size for size in (facts.hidden, facts.inter))
     fp8 = [facts.w1_dtype, facts.w2_dtype] == [FP8, FP8]
     dense = facts.hidden_contiguous and facts.w1_contiguous and facts.w2_contiguous
     return facts.provider is None and whole_tiles and fp8 and dense
@@ -272,13 +283,13 @@ def usable(facts: Facts) -> bool:
 def reference(rule: str, facts: Facts, tokens: int) -> bool:
     """The two rules in plain Python."""
     if rule == "vllm":
-        return usable(facts) and tokens > 127 and facts.inter >= 513
-    return usable(facts) and tokens * facts.top_k / facts.experts >= ROWS
+        return usable(facts, 128) and tokens > 127 and facts.inter >= 513
+    return usable(facts, 64) and tokens * facts.top_k / facts.experts >= ROWS
 
 
 def random_facts(rng: random.Random) -> Facts:
     """Half of them usable: independent coins would leave hardly any."""
-    near = [128 * n + d for n in (1, 3, 4, 5, 8) for d in (-1, 0, 0, 0, 1)]
+    near = [64 * n + d for n in (2, 5, 6, 8, 10, 11, 16) for d in (-1, 0, 0, 0, 1)]
     good = rng.random() < 0.5
     facts = replace(
         GOOD,

@@ -20,7 +20,7 @@ import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
@@ -54,12 +54,14 @@ class Provider:
         name: for people, such as ``"deep_gemm 2.5.0 at /path"``.
         version: ``"2.5.0"``, or ``"unknown"``.
         nvcc: the compiler that it will call, such as ``"12.9 (/usr/local/cuda/bin/nvcc)"``.
+        tails: it has computed partial blocks right, of sizes that are a multiple of 64 and not of 128.
     """
 
     module: ModuleType
     name: str
     version: str
     nvcc: str = ""
+    tails: bool = False
 
     def grouped_fp8(
         self, a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out: Tensor, layout: Tensor
@@ -194,7 +196,10 @@ def _try(folder: Path, name: str, nvcc: str, device: int) -> Provider | str:
     # In a thread of its own, since modes belong to threads: a caller may be tracing with fake tensors, or have set
     # a default device, autocast or inference mode.
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(_probe, provider, device).result() or provider
+        tails = pool.submit(_probe, provider, device, 320).result()
+        if not tails:
+            return replace(provider, tails=True)
+        return pool.submit(_probe, provider, device, 256).result() or provider
 
 
 def _load(folder: Path, name: str) -> ModuleType:
@@ -237,21 +242,22 @@ def _why_not_imported(error: Exception, folder: Path) -> str:
     return f"the import failed: {last}"
 
 
-def _probe(provider: Provider, device: int) -> str:
-    """Two experts of 128 rows each against float64: "" if right, else what is wrong."""
+def _probe(provider: Provider, device: int, size: int) -> str:
+    """Two experts of 128 rows each, N = K = ``size``, against float64: "" if right, else what is wrong."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(256, 256, generator=generator)  # [M, K]
-    w = torch.randn(2, 256, 256, generator=generator)  # [E, N, K]
-    w.view(2, 2, 128, 2, 128).mul_(torch.arange(1, 9).view(2, 2, 1, 2, 1))  # so that no two blocks may be mistaken
+    x = torch.randn(256, size, generator=generator)  # [M, K]
+    blocks = -(-size // 128)
+    factor = torch.arange(1.0, 1 + 2 * blocks**2).view(2, blocks, blocks)  # so that no two blocks may be mistaken
+    w = dequantize_blocks(torch.randn(2, size, size, generator=generator), factor)  # [E, N, K]
     a, a_scale = quantize_rows(x)
     b, b_scale = quantize_blocks(w)
-    rows = dequantize_rows(a, a_scale, dtype=torch.float64).view(2, 128, 256)
-    expected = (rows @ dequantize_blocks(b, b_scale, dtype=torch.float64).mT).view(256, 256)
+    rows = dequantize_rows(a, a_scale, dtype=torch.float64).view(2, 128, size)
+    expected = (rows @ dequantize_blocks(b, b_scale, dtype=torch.float64).mT).view(256, size)
     layout = torch.arange(2, dtype=torch.int32).repeat_interleave(128)
     place = _device(device)
     try:
         with torch.cuda.device(place) if place.type == "cuda" else nullcontext():
-            out = torch.full((256, 256), torch.nan, dtype=torch.bfloat16, device=place)  # what stays unwritten shows
+            out = torch.full((256, size), torch.nan, dtype=torch.bfloat16, device=place)  # what stays unwritten shows
             by_column = a_scale.to(place).t().contiguous().t()
             provider.grouped_fp8(a.to(place), by_column, b.to(place), b_scale.to(place), out, layout.to(place))
             difference = out.cpu().double() - expected

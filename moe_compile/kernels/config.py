@@ -19,7 +19,6 @@ LADDER_ROWS = 40  # mean rows per expert from which on tiles of graded height wi
 LADDER_TALL_ROWS = 80  # the same for tall ones
 TMA_ROWS = 256  # the same for tiles of one height by descriptors
 PERMUTE_COLUMNS = 2048  # columns of the first GEMM from which on it repays that its rows are put in order
-SCALED_TALL_ROWS = 64  # mean rows per expert from which on tiles of 128 rows win with fp8 weights
 DECODE_IDS = 4096  # ids that one program of the decode kernel holds in registers
 
 
@@ -165,40 +164,6 @@ def _described(mean: float, inter: int, processors: int) -> tuple[Tiles, Tiles]:
     gathered = Tiles(128, 256, 64, 8, 4, False, 1, 8, tma=True, chained=False)
     up = shared if inter >= PERMUTE_COLUMNS else gathered
     return up, shared if mean < 1024 else replace(shared, stages=3)
-
-
-@lru_cache(maxsize=4096)
-def select_scaled(
-    path: str,
-    tokens: int,
-    top_k: int,
-    experts: int,
-    gated: bool,
-    quantise: bool,
-    elements: int,
-    device: Device = H200,
-) -> Plan:
-    """Tiles of a path for fp8 weights with a scale per block; a step is one block of the depth (``scaled``).
-
-    Args:
-        quantise: rows are fp8 too, and the first GEMM quantises its results, a block of columns at a time.
-        elements: bytes of one element of rows that are not quantised.
-    """
-    rows = 1 if quantise else elements
-    if path == "sorted":
-        bm, warps = (64, 4) if tokens * top_k / experts <= SCALED_TALL_ROWS else (128, 8)
-        down = Tiles(bm, 128, 128, warps, 4, swap=True, tail=2, group=8)
-    else:
-        bm, tail, warps = (16, 0, 4) if tokens <= 16 else (32, 1, 4) if tokens <= 32 else (64, 2, 8)
-        down = Tiles(bm, 128, 128, warps, 5, swap=True, tail=tail, evict="evict_first")
-    up = replace(down, wn=256) if quantise and gated else down
-    return Plan(path, _fit_scaled(up, rows, device), _fit_scaled(down, rows, device))
-
-
-def _fit_scaled(tiles: Tiles, rows: int, device: Device) -> Tiles:
-    """As many stages as fit the shared memory: weights take one byte, rows ``rows``."""
-    stage = (tiles.bm * rows + tiles.wn) * tiles.bk
-    return replace(tiles, stages=max(1, min(tiles.stages, (device.shared - 8 * 1024) // stage)))
 
 
 def _small(path: str, elements: int) -> tuple[Tiles, Tiles]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..quantize import FP8, dequantize_blocks, dequantize_rows
 from ..quantize import quantize_rows as quantize_rows_twin
 from .combine import combine_pairs, combine_sorted, combine_twin
-from .config import H200, Device, Plan, choose_path, select_scaled
+from .config import H200, Device, Plan
 from .decode import decode_projection
 from .experts import is_dense
 from .grouped import gather_projection, projection_twin, sorted_projection
@@ -22,6 +22,7 @@ from .operand import Operand
 from .quantize import quantize_rows
 from .scaled import Quant, groups
 from .scaled_gemv import MAX_COLUMNS, scaled_gemv_down, scaled_gemv_up
+from .scaled_plans import choose_scaled_path, select_scaled
 from .sort import sort_pairs
 from .tile import Projection
 
@@ -31,11 +32,14 @@ def plan_scaled(
     path: str | None = None, device: Device = H200,
 ) -> Plan:  # fmt: skip
     """How ``follow_scaled`` computes the layer; depends on shapes and strides alone."""
-    tokens, top_k = ids.shape
+    (tokens, top_k), hidden, inter = ids.shape, up.depth, up.columns
     if path is None:
-        narrow = is_dense(up, down) and up.columns % MAX_COLUMNS == 0 and down.columns % MAX_COLUMNS == 0
-        path = choose_path(tokens, top_k, narrow)
-    return select_scaled(path, tokens, top_k, experts, up.epilogue.gated, quantise, elements, device)
+        # the columns of a matrix-vector program lie in one block of scales
+        dense = is_dense(up, down) and inter % MAX_COLUMNS == 0 and down.columns % MAX_COLUMNS == 0
+        path = choose_scaled_path(tokens, top_k, hidden, inter, dense)
+    return select_scaled(
+        path, tokens, top_k, experts, hidden, inter, up.epilogue.gated, quantise, elements, device
+    )
 
 
 def follow_scaled(

@@ -182,7 +182,7 @@ def scaled_gemv_down_kernel(
 
 def _steps(many: int) -> tuple[int, int]:
     """Columns and groups of one step, out of ``many`` groups."""
-    bg = min(power_of_two(many), 16)
+    bg = min(power_of_two(many), 8)
     return min(MAX_COLUMNS, max(1, WEIGHTS // (bg * 128))), bg
 
 

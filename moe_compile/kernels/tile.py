@@ -109,6 +109,12 @@ class Projection:
         """Whether separate gate and up weights all start on full vectors, which the compiler is told."""
         return self.w.aligned, self.up is not None and self.up.aligned
 
+    @property
+    def apart(self) -> bool:
+        """Whether a tile of gate and up takes two products, as no descriptor holds both (``tma``)."""
+        layout = self.epilogue.layout
+        return layout == "separate" or (layout == "concat" and self.w.turned)
+
     def columns_of(self, tiles: Tiles) -> int:
         """Output columns of one tile: ``wn`` counts gate and up rows together."""
         return tiles.wn // 2 if self.epilogue.gated else tiles.wn

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..guards import Facts, Failure, TokenRange, decide
+from ..guards import ALIGNMENT, Facts, Failure, TokenRange, decide
 from ..quantize import BLOCK, dequantize_blocks, dequantize_rows, quantize_rows
 from ..spec import Activation, NoMatch
 from .calls import Kind, check_device, epilogue, kernel, kind_of, on, traits
@@ -137,8 +137,11 @@ def _deepgemm(
     provider: Any = None
     if not failures:
         provider = find(x.get_device())
+        hidden, inter = down.w.first.shape[1:]
         if isinstance(provider, NoMatch):
             failures = [Failure(provider.code, provider.reason)]
+        elif (hidden % ALIGNMENT or inter % ALIGNMENT) and not provider.tails:
+            failures = [Failure("MC404", f"H={hidden}, I={inter}, and {provider.name} computes partial blocks wrong")]
         elif cold:
             failures = [Failure("MC511", "a CUDA graph is being captured, and no call of this size has run before")]
     if not failures:

@@ -30,12 +30,14 @@ def m_grouped_fp8_gemm_nt_contiguous(a, b, d, grouped_layout, recipe=None, *, co
     calls.append(alignment)
     (a, a_scale), (b, b_scale) = a, b
     assert grouped_layout.dtype == torch.int32 and d.dtype == torch.bfloat16 and a_scale.stride(0) == 1
-    a = a.float() * a_scale.repeat_interleave(128, 1)
-    b = b.float() * b_scale.repeat_interleave(128, 1).repeat_interleave(128, 2)
+    n, k = b.shape[1:]
+    a = a.float() * a_scale.repeat_interleave(128, 1)[:, :k]
+    b = b.float() * b_scale.repeat_interleave(128, 1)[:, :n].repeat_interleave(128, 2)[:, :, :k]
     for start in range(0, len(a), alignment):
         rows = slice(start, start + alignment)
         d[rows] = (a[rows] @ b[grouped_layout[start]].T).bfloat16()
 """
+WITHOUT_TAILS = PACKAGE.replace("    n, k =", "    assert b.shape[2] % 128 == 0, 'K'\n    n, k =")
 WITHOUT_SETTER = PACKAGE.replace("def set_mk", "def _set_mk").replace("def get_mk", "def _get_mk")
 SYMBOL = "/x/_C.so: undefined symbol: _ZN3c104cuda19CUDAErrorLogCaptureC1Ev"
 ABI = f"raise ImportError({SYMBOL!r})"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake_packages import PACKAGE, WITHOUT_SETTER, Install, provided, refused
+from fake_packages import PACKAGE, WITHOUT_SETTER, WITHOUT_TAILS, Install, provided, refused
 
 from moe_compile.deepgemm import provider
 from moe_compile.deepgemm.provider import Provider, find
@@ -28,6 +28,12 @@ def test_a_package_that_works(install: Install) -> None:
     rows = dequantize_rows(a, a_scale).view(2, 128, 384)
     expected = (rows @ dequantize_blocks(b, b_scale)[[2, 0]].mT).view(256, 128)
     torch.testing.assert_close(out.float(), expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(("text", "tails"), [(PACKAGE, True), (WITHOUT_TAILS, False)])
+def test_partial_blocks_are_tried(text: str, tails: bool, install: Install) -> None:
+    install(text)
+    assert provided().tails is tails
 
 
 def test_tried_once_per_device(install: Install) -> None:

@@ -15,16 +15,19 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
-from layers import Layer, relative_error
+from layers import Layer, quantised, relative_error
 
 import moe_compile.ops  # noqa: F401  (registers torch.ops.moe_compile)
 from moe_compile.kernels import grouped
-from moe_compile.kernels.combine import combine_twin
+from moe_compile.kernels.combine import combine_padded, combine_twin
 from moe_compile.kernels.config import Plan, Tiles
 from moe_compile.kernels.experts import follow_plan, plan_of
 from moe_compile.kernels.launch import Launch
+from moe_compile.kernels.quantize import activate_quantize, activate_quantize_twin, quantize_permute
 from moe_compile.kernels.route import route
+from moe_compile.kernels.scaled_experts import follow_scaled, plan_scaled, run_scaled_twin
 from moe_compile.kernels.sort import sort_pairs
+from moe_compile.quantize import dequantize_rows, quantize_rows
 from moe_compile.spec import Activation, Router
 
 BF16 = torch.bfloat16
@@ -64,8 +67,8 @@ def seen(launched: set[str]) -> Callable[..., None]:
     return start
 
 
-def off(label: str, ours: Tensor, truth: Tensor) -> bool:
-    error, limit = relative_error(ours, truth), MAX_ERROR[ours.dtype]
+def off(label: str, ours: Tensor, truth: Tensor, limit: float | None = None) -> bool:
+    error, limit = relative_error(ours, truth), limit or MAX_ERROR[ours.dtype]
     print(f"{label}: error {error:.1e}", flush=True)
     return not error < limit
 
@@ -106,6 +109,33 @@ def main() -> int:
     ours, theirs = route(logits, 3, Router(), torch.float32, start), Router().reference(logits, 3, torch.float32)
     if off("router", ours[0], theirs[0]) or not torch.equal(ours[1], theirs[1]):
         wrong.append("router")
+    for form in ({}, {"layout": "interleaved", "bias": True}, {"H": 200, "I": 72, "routing": "sentinels"}):
+        for path, tokens in (("gemv", 2), ("decode", 19), ("sorted", 40), ("sorted", 150)):
+            for quantise in (True, False):
+                layer = case(tokens, **form)
+                up, down = quantised(layer)
+                plan = plan_scaled(layer.ids, layer.E, up, down, quantise, 2, path)
+                args = (layer.x, layer.weights, layer.ids, layer.E, up, down, quantise, False)
+                label = f"fp8 {form}, path {path}, T {tokens}, rows {'fp8' if quantise else 'bf16'}"
+                if off(label, follow_scaled(plan, *args, None, start), run_scaled_twin(*args), 3e-2):
+                    wrong.append(label)
+    layer = case(70)
+    pairs = sort_pairs(layer.ids, 5, 32, start=start, padded=True)
+    rows, scale, _ = quantize_permute(layer.x, pairs, 2, 32, layer.weights, start)
+    at = pairs.inverse.long()
+    twin = dequantize_rows(*quantize_rows(layer.x)).repeat_interleave(2, 0) * layer.weights.reshape(-1, 1)
+    if off("rows to padded order", dequantize_rows(rows[at], scale[at]), twin, 1e-5):
+        wrong.append("rows to padded order")
+    wide = torch.randn(rows.shape[0], 160, device="cuda").to(BF16)
+    epilogue = layer.projections()[0].epilogue
+    rows, scale = activate_quantize(wide, pairs, 80, epilogue, 32, start)
+    twin = dequantize_rows(*activate_quantize_twin(wide[at], 80, epilogue))
+    if off("activation to fp8", dequantize_rows(rows[at], scale[at]), twin, 3e-2):
+        wrong.append("activation to fp8")
+    ours = combine_padded(wide, pairs.inverse, layer.weights, 2, BF16, start)
+    twin = combine_twin(wide, pairs.inverse, pairs.inverse >= 0, layer.weights, 2, BF16)
+    if off("combine padded", ours, twin):
+        wrong.append("combine padded")
     torch.cuda.synchronize()
     print("kernels:", ", ".join(sorted(launched)))
     print("wrong:", ", ".join(wrong) or "none")

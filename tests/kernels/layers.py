@@ -9,7 +9,9 @@ from torch import Tensor
 
 from moe_compile.kernels.activation import Epilogue
 from moe_compile.kernels.operand import Operand, make_operand
+from moe_compile.kernels.scaled import GROUP
 from moe_compile.kernels.tile import Projection
+from moe_compile.quantize import dequantize_blocks, quantize_blocks
 from moe_compile.spec import Activation, Experts, MoE, Weight
 
 
@@ -113,6 +115,33 @@ class Layer:
             self.x, self.weights, self.ids, self.w1, self.w3, self.w2, self.b1, self.b3, self.b2,
             a.name, a.args(), a.gated, self.layout == "interleaved", self.weight_on_input,
         )  # fmt: skip
+
+
+def _blocks(w: Tensor) -> tuple[Tensor, Tensor]:
+    """``w [E, rows, depth]`` as fp8 with a scale per block, neighbouring ones far apart: a wrong one shows."""
+    e, rows, depth = w.shape
+    up, across = -(-rows // GROUP), -(-depth // GROUP)
+    factor = torch.exp2(torch.arange(e * up * across, device=w.device) % 5).view(e, up, across)
+    return quantize_blocks(w * dequantize_blocks(torch.ones_like(w), factor))
+
+
+def quantised(layer: Layer) -> tuple[Projection, Projection]:
+    """The operands of the layer in fp8; the layer itself gets the weights that they stand for."""
+    up, down = layer.projections()
+    out = []
+    for projection, names in ((up, ("w1", "w3")), (down, ("w2",))):
+        roles = []
+        for name, role in zip(names, (projection.w, projection.up), strict=False):
+            if role is None:
+                roles.append((None, None))
+                continue
+            q, scale = _blocks(role.first.float())
+            setattr(layer, name, [dequantize_blocks(q, scale)])
+            roles.append((Operand((q,)), scale))
+        (w, scale), (value, up_scale) = roles[0], roles[1] if len(roles) > 1 else (None, None)
+        biases = projection.b, projection.b_up
+        out.append(Projection(w, projection.columns, projection.epilogue, value, *biases, scale, up_scale))
+    return out[0], out[1]
 
 
 def relative_error(ours: Tensor, truth: Tensor) -> float:

@@ -22,6 +22,7 @@ def test_sm90() -> None:
     assert {line[1] for line in lines} == {
         "gemv_up_kernel", "gemv_down_kernel", "decode_kernel", "count_kernel", "scan_kernel", "place_kernel",
         "permute_kernel", "grouped_kernel", "combine_kernel", "tiles_kernel", "invert_kernel", "route_kernel",
+        "scaled_gemv_up_kernel", "scaled_gemv_down_kernel", "quantize_kernel", "activate_kernel",
     }  # fmt: skip
     for case, kernel, *counts in lines:
         shared, tensor_core, descriptors, fma, sub = map(int, counts)

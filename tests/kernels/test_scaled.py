@@ -6,55 +6,24 @@ from typing import Any
 
 import pytest
 import torch
-from layers import Layer, relative_error
-from torch import Tensor
+from layers import Layer, quantised, relative_error
 from triton.runtime.errors import InterpreterError
 
 from moe_compile.kernels.config import Plan, Tiles
-from moe_compile.kernels.operand import Operand
 from moe_compile.kernels.quantize import (
     activate_quantize,
     activate_quantize_twin,
     quantize_permute,
     quantize_rows,
 )
-from moe_compile.kernels.scaled import GROUP
 from moe_compile.kernels.scaled_experts import follow_scaled, plan_scaled, run_scaled_twin
 from moe_compile.kernels.sort import sort_pairs, sort_pairs_twin
-from moe_compile.kernels.tile import Projection
-from moe_compile.quantize import dequantize_blocks, dequantize_rows, quantize_blocks
+from moe_compile.quantize import dequantize_rows
 from moe_compile.quantize import quantize_rows as quantize_twin
 from moe_compile.spec import Activation
 
 GPT_OSS = Activation("silu", alpha=1.702, gate_limit=0.7, up_limit=0.7, up_offset=1.0)
 PATHS = ("gemv", "decode", "sorted")
-
-
-def blocks(w: Tensor) -> tuple[Tensor, Tensor]:
-    """``w [E, rows, depth]`` as fp8 with a scale per block, neighbouring ones far apart: a wrong one shows."""
-    e, rows, depth = w.shape
-    up, across = -(-rows // GROUP), -(-depth // GROUP)
-    factor = torch.exp2(torch.arange(e * up * across) % 5).view(e, up, across)
-    return quantize_blocks(w * dequantize_blocks(torch.ones_like(w), factor))
-
-
-def quantised(layer: Layer) -> tuple[Projection, Projection]:
-    """The operands of the layer in fp8; the layer itself gets the weights that they stand for."""
-    up, down = layer.projections()
-    out = []
-    for projection, names in ((up, ("w1", "w3")), (down, ("w2",))):
-        roles = []
-        for name, role in zip(names, (projection.w, projection.up), strict=False):
-            if role is None:
-                roles.append((None, None))
-                continue
-            q, scale = blocks(role.first)
-            setattr(layer, name, [dequantize_blocks(q, scale)])
-            roles.append((Operand((q,)), scale))
-        (w, scale), (value, up_scale) = roles[0], roles[1] if len(roles) > 1 else (None, None)
-        biases = projection.b, projection.b_up
-        out.append(Projection(w, projection.columns, projection.epilogue, value, *biases, scale, up_scale))
-    return out[0], out[1]
 
 
 def check(path: str, quantise: bool, plan: Plan | None = None, **form: Any) -> None:

@@ -153,7 +153,8 @@ def test_turned_weights_are_described_as_they_lie(layout: str) -> None:
 
     def start(make: Any, *args: Any) -> None:
         if (made := make()).kernel is grouped.grouped_kernel:
-            launched.append((made.constants["M"].turned, *args[-3:-1]))
+            named = dict(zip(made.kernel.arg_names, args, strict=False))
+            launched.append((made.constants["M"].turned, named["wd"], named["ud"]))
         launch.once(lambda: made, *args)
 
     up, down = layer.projections()
