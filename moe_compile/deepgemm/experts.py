@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.combine import combine_padded
+from ..kernels.experts import arranged
 from ..kernels.launch import Start, once
 from ..kernels.quantize import activate_quantize, quantize_permute
 from ..kernels.sort import sort_pairs
@@ -52,16 +53,14 @@ def follow_deepgemm(
     (tokens, top_k), dtype = ids.shape, out_dtype or x.dtype
     if tokens == 0:
         return x.new_empty(0, down.columns, dtype=dtype)
-    weights, ids = weights.contiguous(), ids.contiguous()
-    if x.stride(1) != 1:
-        x = x.contiguous()
+    x, ids, on_input, on_output = arranged(x, weights, ids, weight_on_input)
     assert up.scale is not None and down.scale is not None
     pairs = sort_pairs(ids, experts, align, start=start, padded=True)
-    rows, scale, layout = quantize_permute(x, pairs, top_k, align, weights if weight_on_input else None, start)
+    rows, scale, layout = quantize_permute(x, pairs, top_k, align, on_input, start)
     wide = x.new_empty(rows.shape[0], up.w.first.shape[1], dtype=torch.bfloat16)  # [M, 2I]
     y = x.new_empty(rows.shape[0], down.columns, dtype=torch.bfloat16)  # [M, H]
     with provider.alignment(align):
         provider.grouped_fp8(rows, scale, up.w.first, up.scale, wide, layout)
         h, between = activate_quantize(wide, pairs, up.columns, up.epilogue, align, start)
         provider.grouped_fp8(h, between, down.w.first, down.scale, y, layout)
-    return combine_padded(y, pairs.inverse, None if weight_on_input else weights, top_k, dtype, start)
+    return combine_padded(y, pairs.inverse, on_output, top_k, dtype, start)

@@ -134,6 +134,9 @@ def _search(device: int) -> Provider | NoMatch:
     named = os.environ.get(ENVIRONMENT, "")
     if named == "0":
         return NoMatch("MC501", f"switched off by {ENVIRONMENT}=0")
+    other = next((d for d, known in _found.items() if d != device and isinstance(known, Provider)), None)
+    if other is not None:  # it keeps handles of kernels that belong to the device on which they were loaded
+        return NoMatch("MC504", f"DeepGEMM serves one device per process, and device {other} has it")
     capability = _capability(device)
     if capability != CAPABILITY:
         has = "there is no such CUDA device" if capability is None else f"it has {capability[0]}.{capability[1]}"

@@ -110,11 +110,7 @@ def follow_plan(
     dtype = out_dtype or x.dtype
     if x.shape[0] == 0:
         return x.new_empty(0, down.columns, dtype=dtype)
-    weights, ids = weights.contiguous(), ids.contiguous()
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    on_input = weights if weight_on_input else None
-    on_output = None if weight_on_input else weights
+    x, ids, on_input, on_output = arranged(x, weights, ids, weight_on_input)
     if plan.path == "gemv":
         h = gemv_up(x, ids, experts, up, on_input, start)
         return gemv_down(h, ids, on_output, experts, down, dtype, start)
@@ -126,6 +122,15 @@ def follow_plan(
     h = gather_projection(x, pairs, top_k, up, plan.up, on_input, start)
     y = sorted_projection(h, pairs, down, plan.down, start)
     return combine_sorted(y, pairs.inverse, pairs.offsets, on_output, top_k, dtype, start)
+
+
+def arranged(
+    x: Tensor, weights: Tensor, ids: Tensor, weight_on_input: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Rows and ids as the kernels read them; the router weights for the input, and those for the output."""
+    weights = weights.contiguous()
+    on_input, on_output = (weights, None) if weight_on_input else (None, weights)
+    return x if x.stride(1) == 1 else x.contiguous(), ids.contiguous(), on_input, on_output
 
 
 @lru_cache(maxsize=64)

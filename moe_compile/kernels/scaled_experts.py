@@ -15,7 +15,7 @@ from ..quantize import quantize_rows as quantize_rows_twin
 from .combine import combine_pairs, combine_sorted, combine_twin
 from .config import H200, Device, Plan
 from .decode import decode_projection
-from .experts import is_dense
+from .experts import arranged, is_dense
 from .grouped import gather_projection, projection_twin, sorted_projection
 from .launch import Start, once
 from .operand import Operand
@@ -59,11 +59,7 @@ def follow_scaled(
     (tokens, top_k), dtype = ids.shape, out_dtype or x.dtype
     if tokens == 0:
         return x.new_empty(0, down.columns, dtype=dtype)
-    weights, ids = weights.contiguous(), ids.contiguous()
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    on_input = weights if weight_on_input else None
-    on_output = None if weight_on_input else weights
+    x, ids, on_input, on_output = arranged(x, weights, ids, weight_on_input)
     if plan.path == "gemv":
         h = scaled_gemv_up(x, ids, experts, up, quantise, on_input, start)
         return scaled_gemv_down(h, ids, on_output, experts, down, quantise, dtype, start)

@@ -40,7 +40,14 @@ def test_tried_once_per_device(install: Install) -> None:
     install()
     first = provided(0)
     assert provided(0) is first and first.module.calls == [128]
-    assert provided(1) is not first and first.module.calls == [128, 128]
+
+
+def test_one_device_per_process(install: Install) -> None:
+    """Its kernels are loaded into the context of the first device, and are wrong on another."""
+    install()
+    first = provided(1)
+    refused("MC504", "one device per process", "device 1 has it")
+    assert provided(1) is first and first.module.calls == [128]
 
 
 def test_threads_share_one_probe(install: Install) -> None:

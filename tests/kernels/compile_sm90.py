@@ -20,7 +20,18 @@ from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from moe_compile.kernels import (
-    combine, decode, experts, gemv, grouped, launch, permute, quantize, route, scaled_experts, scaled_gemv, sort,
+    combine,
+    decode,
+    experts,
+    gemv,
+    grouped,
+    launch,
+    permute,
+    quantize,
+    route,
+    scaled_experts,
+    scaled_gemv,
+    sort,
 )  # fmt: skip
 from moe_compile.kernels.activation import Epilogue
 from moe_compile.kernels.config import select
