@@ -157,7 +157,7 @@ _TABLE = (
          "model.to(torch.complex64)",
          "use float32, bfloat16 or float16 for hidden states and weights"),
     Code("MC402", "quantised weight or tensor subclass",
-         "A weight is not a plain tensor (quantised, sharded, wrapped), and guessing its meaning would be wrong.",
+         "A weight is not a plain tensor (quantised, sharded, wrapped), and guessing its meaning would be wrong. Known is float8_e4m3fn with float32 scales per block of 128 x 128, in the experts of Hugging Face models.",
          "experts[0].w1.weight  # a DTensor",
          "keep the original layer for this model, or load it with plain weights"),
     Code("MC403", "layout needs a copy",

@@ -83,7 +83,7 @@ def _record_rewritten(name: str, module: nn.Module, found: Recognised | None, to
     activation, interleaved = found if found is not None else (None, False)
     spec = None if top_k is None else FAMILIES[name].describe(module, top_k, activation, interleaved)
     fused = found is not None and not getattr(module, "has_post_expert_norm", False)
-    kernel = "moe_compile::experts" if fused else "two moe_compile::grouped_linear around the module's code"
+    kernel = FAMILIES[name].op(module) if fused else "two moe_compile::grouped_linear around the module's code"
     _record(
         module,
         report.Site(REWRITTEN, form_of(module), location=_location(module), spec=spec, kernel=kernel),
@@ -113,6 +113,7 @@ def _call_refusal(family: Family, module: nn.Module, args: Sequence[Any], kwargs
     return ""
 
 
+_UNKNOWN = NoMatch("MC301", "what lies between the two fp8 GEMMs is no known activation")
 _CALLS = {
     "MC207": "the call does not have the declared arguments",
     "MC507": "gradients are needed, and the fused op has no backward yet",
@@ -158,6 +159,10 @@ def _conclude(ctx: Any) -> None:
     family = FAMILIES[name]
     traced = _probe.take(ctx, "between")
     found = None if traced is None else recognise(traced, family.width(module), family.gated(module))
+    if found is None and family.needs_closed_form(module):
+        _trace.verdict = Verdict(refusal=_UNKNOWN)
+        record_refused(module, _UNKNOWN)
+        return
     _trace.verdict = Verdict(_how(found))
     _record_rewritten(name, module, found, family.top_k(module, hf_trace.local_tensors(ctx, "args")))
 
@@ -189,6 +194,8 @@ def run_traced(
     between: Tensor | None = family.gate(module, family.weight(module).new_empty((2, family.width(module))))
     comptime(_conclude)
     between = None  # noqa: F841  its node is gone: nothing may keep it alive
+    if _is_refused():
+        return original(module, *args, **kwargs)
     return family.run(module, _found_how(), *args)
 
 
@@ -218,9 +225,12 @@ def eager_verdict(name: str, module: nn.Module, top_k: int | None) -> Verdict:
     if cached is not None and cached[0] == settings:
         return cached[1]
     family = FAMILIES[name]
-    refusal = check(name, module)
+    refusal, found = check(name, module), None
     if refusal is None:
         found = recognise(lambda rows: family.gate(module, rows), family.width(module), family.gated(module))
+        if found is None and family.needs_closed_form(module):
+            refusal = _UNKNOWN
+    if refusal is None:
         verdict = Verdict(_how(found))
         _record_rewritten(name, module, found, top_k)
     else:

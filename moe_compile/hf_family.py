@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .hf_fp8 import SCALE, check_fp8, is_fp8, run_fp8
 from .spec import Activation, Experts, MoE, NoMatch, Weight
 from .torch_compat import is_fake
 
@@ -49,6 +50,14 @@ class Family:
     def weight(self, module: Any) -> Tensor:
         """A weight whose dtype and device the experts compute in."""
         raise NotImplementedError
+
+    def needs_closed_form(self, module: Any) -> bool:
+        """Whether only a known activation can be run, and a module with another one is refused."""
+        return False
+
+    def op(self, module: Any) -> str:
+        """The op that runs the experts if the activation is known, for reports."""
+        return "moe_compile::experts"
 
     def tensors(self, module: Any) -> list[Tensor]:
         """Everything differentiable that ``run`` gives to the ops."""
@@ -138,15 +147,16 @@ class Stacked(Family):
     """``@use_experts_implementation`` classes and their like: 3-D weights and the decorator's flags."""
 
     def check(self, module: Any) -> None:
-        if hasattr(module, "gate_up_proj_scale_inv") or hasattr(module, "up_proj_scale_inv"):
-            raise NoMatch("MC402", "fp8 experts are not supported yet; the original implementation runs")
         names = [self._up(module), "down_proj"]
         if self._flag(module, "has_bias"):
             names += [f"{name}_bias" for name in names]
         for name in names:
             if getattr(module, name, None) is None:
                 raise NoMatch("MC206", f"{type(module).__name__} declares {name} but does not hold it")
-        require_plain(module, *(getattr(module, name) for name in names))
+        if is_fp8(module):
+            check_fp8(module, names[0])
+        else:
+            require_plain(module, *(getattr(module, name) for name in names))
         if self._flag(module, "has_post_expert_norm") and not callable(getattr(module, "post_expert_norm", None)):
             raise NoMatch("MC303", f"{type(module).__name__} declares a post-expert norm but holds none")
         up, down = getattr(module, names[0]), module.down_proj
@@ -189,13 +199,22 @@ class Stacked(Family):
         return int(getattr(module, self._up(module)).shape[2 if self._flag(module, "is_transposed") else 1])
 
     def weight(self, module: Any) -> Tensor:
-        return module.down_proj
+        # what lies between GEMMs of fp8 is no fp8
+        return getattr(module, f"down_proj{SCALE}") if is_fp8(module) else module.down_proj
+
+    def needs_closed_form(self, module: Any) -> bool:
+        return is_fp8(module)
+
+    def op(self, module: Any) -> str:
+        return "moe_compile::experts_fp8" if is_fp8(module) else super().op(module)
 
     def gate(self, module: Any, rows: Tensor) -> Tensor:
         return module._apply_gate(rows) if self.gated(module) else module.act_fn(rows)
 
     def run(self, module: Any, how: How, *args: Any) -> Tensor:
         hidden_states, top_k_index, top_k_weights = args
+        if is_fp8(module):
+            return run_fp8(module, self._up(module), how, hidden_states, top_k_index, top_k_weights)
         up, down = getattr(module, self._up(module)), module.down_proj
         b1, b2 = [], []
         if self._flag(module, "has_bias"):

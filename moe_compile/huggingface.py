@@ -51,7 +51,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
 
 
 def fp8_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """As ``experts_forward``, for the registry of fp8 experts: refused (MC402) until fp8 is supported."""
+    """As ``experts_forward``, for the registry of fp8 experts; see ``hf_fp8`` for the formats that are not refused."""
     return dispatch(STACKED, _default_fp8_forward, self, (hidden_states, top_k_index, top_k_weights), {})
 
 

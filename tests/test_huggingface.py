@@ -350,26 +350,6 @@ def test_weights_of_another_kind_are_refused() -> None:
     assert [site.code for site in found.sites] == ["MC402"]
 
 
-def test_fp8_experts_are_refused() -> None:
-    import transformers.integrations.finegrained_fp8 as fp8
-
-    seen = []
-    fp8_grouped, fp8.fp8_grouped_mm_experts_forward = (
-        fp8.fp8_grouped_mm_experts_forward,
-        lambda module, *args: seen.append(module) or args[0],
-    )
-    try:
-        experts: Any = mixtral()
-        experts.gate_up_proj_scale_inv = nn.Parameter(torch.ones(1))
-        function = fp8.ALL_FP8_EXPERTS_FUNCTIONS["moe_compile"]
-        with report.collect() as found:
-            function(experts, *table.routing())
-    finally:
-        fp8.fp8_grouped_mm_experts_forward = fp8_grouped
-    (site,) = found.sites
-    assert site.code == "MC402" and "fp8 experts are not supported yet" in site.reason and seen == [experts]
-
-
 def test_the_hook_is_lazy() -> None:
     """Installing imports nothing; importing transformers later is enough."""
     code = """
