@@ -155,7 +155,7 @@ _TABLE = (
     Code("MC401", "dtype",
          "The op has no kernel for this dtype or mixture of dtypes.",
          "model.to(torch.complex64)",
-         "use float32, bfloat16 or float16 for hidden states and weights"),
+         "use float32, bfloat16 or float16 for hidden states and weights (DeepGEMM: bfloat16 and float8_e4m3fn)"),
     Code("MC402", "quantised weight or tensor subclass",
          "A weight is not a plain tensor (quantised, sharded, wrapped), and guessing its meaning would be wrong. Known is float8_e4m3fn with float32 scales per block of 128 x 128, in the experts of Hugging Face models.",
          "experts[0].w1.weight  # a DTensor",
@@ -167,7 +167,7 @@ _TABLE = (
     Code("MC404", "alignment",
          "A size or address is not aligned as the kernel needs it.",
          "H = 63 in bfloat16",
-         "pad the size to a multiple of 8"),
+         "pad the size to a multiple of 8 (for DeepGEMM of 128)"),
     Code("MC405", "too large",
          "A size is past what the op indexes.",
          "T * K > 2**31",
@@ -223,7 +223,7 @@ _TABLE = (
     Code("MC511", "kernel not compiled yet",
          "DeepGEMM compiles a kernel when a shape is first seen, and this would have been inside the capture of a CUDA graph, where nothing can be compiled or loaded.",
          "with torch.cuda.graph(graph): moe(x)  # the first call with this T",
-         "call the layer once with the same shapes outside the capture, or run python -m moe_compile warmup before"),
+         "call the layer once with the same shapes outside the capture"),
 )
 # fmt: on
 

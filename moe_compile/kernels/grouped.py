@@ -179,7 +179,7 @@ def _launch(
         shape = projection.shape(plan)
         # zeroing the rest can need one row tile more than the table holds
         programs = (capacity + zero_rest) * -(-projection.columns // shape.bn)
-        # ptxas puts two products of a flattened loop one after the other (C7515): 15 % slower than no shared programs
+        # ptxas puts two products of a flattened loop one after the other (C7515): slower than no shared programs
         shared = 0 if projection.apart else plan.programs
         constants = {
             "K": top_k,
