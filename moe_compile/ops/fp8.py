@@ -72,8 +72,7 @@ def experts_fp8(
         check_device(
             x, topk_weights=topk_weights, topk_ids=topk_ids, w1=w1, w1_scale=w1_scale, w2=w2, w2_scale=w2_scale
         )
-        if kernels not in KERNELS:
-            raise ValueError(f"kernels={kernels!r} is not one of {', '.join(map(repr, KERNELS))}")
+        _check_kernels(kernels)
         kind.checked = True
     count, hidden, inter = w2.shape
     layout = ("interleaved" if interleaved else "concat") if gated else "single"
@@ -98,6 +97,11 @@ def experts_fp8(
             )
         call.end()
         return out
+
+
+def _check_kernels(kernels: str) -> None:
+    if kernels not in KERNELS:
+        raise ValueError(f"kernels={kernels!r} is not one of {', '.join(map(repr, KERNELS))}")
 
 
 def _choice(
@@ -197,8 +201,7 @@ def experts_fp8_cpu(
 ) -> Tensor:
     """The CPU implementation: one expert's weights are widened at a time, to float32 (float64 for such rows)."""
     check_fp8(hidden_states, topk_weights, topk_ids, w1, w1_scale, w2, w2_scale, gated, interleaved)
-    if kernels not in KERNELS:
-        raise ValueError(f"kernels={kernels!r} is not one of {', '.join(map(repr, KERNELS))}")
+    _check_kernels(kernels)
     if kernels == "deepgemm":
         raise KernelUnavailable("MC504", "the tensors are on the CPU, and DeepGEMM needs a CUDA device")
     act = Activation.from_args(activation, gated, activation_args)
