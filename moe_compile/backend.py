@@ -52,6 +52,8 @@ def moe_compile(
     if enabled():
         _require_kernels(chosen.experts, example_inputs)
         result = attempt(gm, chosen)
+        if chosen.experts == "deepgemm":
+            _require_scales(gm)
         if chosen.verify and result.original is not None:
             original = fx.GraphModule(gm, result.original)
     compiled = torch_compat.inductor(gm, example_inputs, mode, theirs, RouterPass())
@@ -60,12 +62,23 @@ def moe_compile(
 
 def _require_kernels(experts: str, example_inputs: Sequence[Any]) -> None:
     """Refuse kernels that were named but cannot run on the devices of the inputs."""
-    wanted = {"triton": "cuda", "cpu": "cpu"}.get(experts)
+    wanted = {"triton": "cuda", "deepgemm": "cuda", "cpu": "cpu"}.get(experts)
     for value in example_inputs:
         if wanted is not None and isinstance(value, torch.Tensor) and value.device.type != wanted:
             raise OptionError(
                 f"option experts={experts!r} runs on {wanted}, but an input {list(value.shape)} is on {value.device}; "
                 "move the model and its inputs, or use experts='auto'"
+            )
+
+
+def _require_scales(gm: fx.GraphModule) -> None:
+    """Refuse DeepGEMM by name for experts whose weights are no fp8: it would not run them."""
+    ops = torch.ops.moe_compile
+    for node in gm.graph.nodes:
+        if node.target in (ops.experts.default, ops.grouped_linear.default):
+            raise OptionError(
+                f"option experts='deepgemm' runs experts with fp8 weights and scales, and those of "
+                f"{torch_compat.user_frame(node) or 'this model'} have none; use experts='auto'"
             )
 
 

@@ -19,12 +19,11 @@ log = logging.getLogger("moe_compile.config")
 
 PREFIX = "moe_compile."
 ENV = "MOE_COMPILE"
-EXPERTS = ("auto", "triton", "cpu")
+EXPERTS = ("auto", "triton", "deepgemm", "cpu")
+DEEPGEMM_RULES = ("auto", "vllm")
+_CHOICES = {"experts": EXPERTS, "deepgemm_rule": DEEPGEMM_RULES}
 # Names that the design reserves; giving one is an error that says so, never a silent no-op.
-_RESERVED = {
-    "quantize": "weights run in the dtype they have",
-    "deepgemm_rule": "there are no DeepGEMM kernels to choose yet",
-}
+_RESERVED = {"quantize": "weights run in the dtype they have"}
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 _warned: set[str] = set()
 
@@ -39,8 +38,10 @@ class Options:
 
     Args:
         strict: raise when a MoE candidate is refused or a rewrite fails, instead of keeping the original.
-        experts: which kernels run the experts: ``"auto"`` (by device and number of tokens), ``"triton"``
-            or ``"cpu"``. Naming one makes it an error if it cannot run.
+        experts: which kernels run the experts: ``"auto"`` (by device and number of tokens), ``"triton"``,
+            ``"deepgemm"`` (experts with fp8 weights) or ``"cpu"``. Naming one makes it an error if it cannot run.
+        deepgemm_rule: when ``experts="auto"`` sends experts with fp8 weights to DeepGEMM: ``"auto"`` (where it was
+            measured to be faster) or ``"vllm"`` (exactly where vLLM does); see ``guards.py``.
         verify: run the original beside the rewritten program on the first call and compare.
         dryrun: match and report, change nothing.
 
@@ -50,16 +51,22 @@ class Options:
 
     strict: bool = False
     experts: str = "auto"
+    deepgemm_rule: str = "auto"
     verify: bool = False
     dryrun: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name == "experts":
-                _check_experts(value)
+            if field.name in _CHOICES:
+                _check_choice(field.name, value)
             elif not isinstance(value, bool):
                 raise OptionError(f"option {field.name!r} takes True or False, got {value!r} ({type(value).__name__})")
+
+    @property
+    def kernels(self) -> str:
+        """What the op for fp8 weights is told: a rule, or kernels by name."""
+        return self.experts if self.experts in ("triton", "deepgemm") else self.deepgemm_rule
 
     @staticmethod
     def resolve(overrides: Mapping[str, Any] | None = None) -> Options:
@@ -87,7 +94,7 @@ def effective(overrides: Mapping[str, Any] | None = None) -> dict[str, tuple[Any
             out[field.name] = (given[field.name], "call")
         elif variable in os.environ:
             raw = os.environ[variable]
-            out[field.name] = (raw if field.name == "experts" else _parse_bool(variable, raw), "environment")
+            out[field.name] = (raw if field.name in _CHOICES else _parse_bool(variable, raw), "environment")
         else:
             out[field.name] = (field.default, "default")
     return out
@@ -154,18 +161,13 @@ def _nearest(name: str) -> str:
     return f", did you mean {close[0]!r}?" if close else ""
 
 
-def _check_experts(value: object) -> None:
-    if value == "deepgemm":
-        raise OptionError(
-            f"option 'experts': 'deepgemm' is not supported in this version; allowed: {', '.join(map(repr, EXPERTS))}"
-        )
-    if value not in EXPERTS:
-        close = difflib.get_close_matches(str(value).lower(), EXPERTS, n=1)
+def _check_choice(name: str, value: object) -> None:
+    allowed = _CHOICES[name]
+    if value not in allowed:
+        close = difflib.get_close_matches(str(value).lower(), allowed, n=1)
         hint = f", did you mean {close[0]!r}?" if close else ""
-        raise OptionError(
-            f"option 'experts' takes one of {', '.join(map(repr, EXPERTS))}, "
-            f"got {value!r} ({type(value).__name__}){hint}"
-        )
+        given = f"{value!r} ({type(value).__name__})"
+        raise OptionError(f"option {name!r} takes one of {', '.join(map(repr, allowed))}, got {given}{hint}")
 
 
 def _parse_bool(variable: str, raw: str) -> bool:

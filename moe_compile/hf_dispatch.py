@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import hf_trace, report
+from . import hf_trace, report, torch_compat
+from .config import OptionError, Options, split_options
 from .hf_classes import FAMILIES
 from .hf_family import Family, How, form_of
 from .match.activation import Recognised, recognise
@@ -53,11 +54,19 @@ def check(name: str, module: nn.Module) -> NoMatch | None:
     return None
 
 
-def _how(found: Recognised | None) -> How:
+def _how(found: Recognised | None, kernels: str) -> How:
     if found is None:
         return ()
     activation = found.activation
-    return activation.name, tuple(activation.args()), activation.gated, found.interleaved
+    return activation.name, tuple(activation.args()), activation.gated, found.interleaved, kernels
+
+
+def _kernels(given: str | None) -> str:
+    """What the op for fp8 weights is told: by ``optimize``, else by ``torch.compile``, else by the environment."""
+    try:
+        return given or Options.resolve(split_options(torch_compat.current_options())[0]).kernels
+    except OptionError:  # the backend raises it, outside of the trace
+        return "auto"
 
 
 _last_site: weakref.WeakKeyDictionary[nn.Module, report.Site] = weakref.WeakKeyDictionary()
@@ -79,11 +88,14 @@ def record_refused(module: nn.Module, refusal: NoMatch) -> None:
     _record(module, report.Site(REFUSED, form_of(module), refusal.code, refusal.reason, where, fix))
 
 
-def _record_rewritten(name: str, module: nn.Module, found: Recognised | None, top_k: int | None) -> None:
+def _record_rewritten(
+    name: str, module: nn.Module, found: Recognised | None, top_k: int | None, kernels: str
+) -> None:
     activation, interleaved = found if found is not None else (None, False)
     spec = None if top_k is None else FAMILIES[name].describe(module, top_k, activation, interleaved)
     fused = found is not None and not getattr(module, "has_post_expert_norm", False)
-    kernel = FAMILIES[name].op(module) if fused else "two moe_compile::grouped_linear around the module's code"
+    around = "two moe_compile::grouped_linear around the module's code"
+    kernel = FAMILIES[name].op(module, top_k, kernels) if fused else around
     _record(
         module,
         report.Site(REWRITTEN, form_of(module), location=_location(module), spec=spec, kernel=kernel),
@@ -163,8 +175,9 @@ def _conclude(ctx: Any) -> None:
         _trace.verdict = Verdict(refusal=_UNKNOWN)
         record_refused(module, _UNKNOWN)
         return
-    _trace.verdict = Verdict(_how(found))
-    _record_rewritten(name, module, found, family.top_k(module, hf_trace.local_tensors(ctx, "args")))
+    kernels = _kernels(hf_trace.local(ctx, "kernels"))
+    _trace.verdict = Verdict(_how(found, kernels))
+    _record_rewritten(name, module, found, family.top_k(module, hf_trace.local_tensors(ctx, "args")), kernels)
 
 
 @torch.compiler.assume_constant_result
@@ -178,8 +191,9 @@ def _found_how() -> How:
 
 
 def run_traced(
-    name: str, original: Callable[..., Any], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+    name: str, original: Callable[..., Any], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
+    kernels: str | None = None,
+) -> Any:  # fmt: skip
     if not torch.compiler.is_compiling():  # Dynamo gave up on this frame and Python runs it
         return original(module, *args, **kwargs)
     comptime(_look)
@@ -219,8 +233,8 @@ def _settings(module: nn.Module) -> tuple[Any, ...]:
     return tuple(found)
 
 
-def eager_verdict(name: str, module: nn.Module, top_k: int | None) -> Verdict:
-    settings = _settings(module)
+def eager_verdict(name: str, module: nn.Module, top_k: int | None, kernels: str | None = None) -> Verdict:
+    settings = (*_settings(module), kernels)
     cached = _cache.get(module)
     if cached is not None and cached[0] == settings:
         return cached[1]
@@ -231,8 +245,9 @@ def eager_verdict(name: str, module: nn.Module, top_k: int | None) -> Verdict:
         if found is None and family.needs_closed_form(module):
             refusal = _UNKNOWN
     if refusal is None:
-        verdict = Verdict(_how(found))
-        _record_rewritten(name, module, found, top_k)
+        chosen = _kernels(kernels)
+        verdict = Verdict(_how(found, chosen))
+        _record_rewritten(name, module, found, top_k, chosen)
     else:
         verdict = Verdict(refusal=refusal)
         record_refused(module, refusal)
@@ -241,11 +256,12 @@ def eager_verdict(name: str, module: nn.Module, top_k: int | None) -> Verdict:
 
 
 def run_eager(
-    name: str, original: Callable[..., Any], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+    name: str, original: Callable[..., Any], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
+    kernels: str | None = None,
+) -> Any:  # fmt: skip
     family = FAMILIES[name]
     fits = family.fits(module, args, kwargs)
-    verdict = eager_verdict(name, module, family.top_k(module, args) if fits else None)
+    verdict = eager_verdict(name, module, family.top_k(module, args) if fits else None, kernels)
     if verdict.refusal is not None:
         return original(module, *args, **kwargs)
     code = _call_refusal(family, module, args, kwargs)
@@ -256,8 +272,9 @@ def run_eager(
 
 
 def dispatch(
-    name: str, original: Callable[..., Any], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+    name: str, original: Callable[..., Any], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
+    kernels: str | None = None,
+) -> Any:  # fmt: skip
     if torch.compiler.is_compiling():
-        return run_traced(name, original, module, args, kwargs)
-    return run_eager(name, original, module, args, kwargs)
+        return run_traced(name, original, module, args, kwargs, kernels)
+    return run_eager(name, original, module, args, kwargs, kernels)

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .hf_fp8 import SCALE, check_fp8, is_fp8, run_fp8
+from .hf_fp8 import SCALE, check_fp8, describe_fp8, is_fp8, run_fp8
 from .spec import Activation, Experts, MoE, NoMatch, Weight
 from .torch_compat import is_fake
 
-How = tuple[Any, ...]  # () = run the gate as written, else (name, args, gated, interleaved)
+How = tuple[Any, ...]  # () = run the gate as written, else (name, args, gated, interleaved, kernels)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -55,8 +55,8 @@ class Family:
         """Whether only a known activation can be run, and a module with another one is refused."""
         return False
 
-    def op(self, module: Any) -> str:
-        """The op that runs the experts if the activation is known, for reports."""
+    def op(self, module: Any, top_k: int | None, kernels: str) -> str:
+        """The op that runs the experts if the activation is known, and by which kernels, for reports."""
         return "moe_compile::experts"
 
     def tensors(self, module: Any) -> list[Tensor]:
@@ -93,7 +93,7 @@ def call_experts(
         hidden_states = hidden_states.to(w1[0].dtype)
     ops = torch.ops.moe_compile
     if how and norm is None:
-        name, constants, gated, interleaved = how
+        name, constants, gated, interleaved, _ = how
         return ops.experts.default(
             hidden_states, top_k_weights, top_k_index, w1, w3, w2, b1, [], b2,
             name, list(constants), gated, interleaved, weight_on_input, out_dtype,
@@ -205,8 +205,10 @@ class Stacked(Family):
     def needs_closed_form(self, module: Any) -> bool:
         return is_fp8(module)
 
-    def op(self, module: Any) -> str:
-        return "moe_compile::experts_fp8" if is_fp8(module) else super().op(module)
+    def op(self, module: Any, top_k: int | None, kernels: str) -> str:
+        if is_fp8(module):
+            return describe_fp8(module, self._up(module), top_k, kernels)
+        return super().op(module, top_k, kernels)
 
     def gate(self, module: Any, rows: Tensor) -> Tensor:
         return module._apply_gate(rows) if self.gated(module) else module.act_fn(rows)

@@ -7,11 +7,13 @@ scale per row and 128 columns, found as it comes (``activation_scheme="dynamic"`
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .guards import Facts, TokenRange, decide
 from .quantize import BLOCK, FP8
 from .spec import NoMatch
 
@@ -49,8 +51,36 @@ def run_fp8(
     module: Any, up: str, how: tuple[Any, ...], x: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """``[T, H] -> [T, H]`` by one op; ``how`` as in ``hf_family``."""
-    name, constants, gated, interleaved = how
+    name, constants, gated, interleaved, kernels = how
     return torch.ops.moe_compile.experts_fp8.default(
         x, top_k_weights, top_k_index, getattr(module, up), getattr(module, up + SCALE), module.down_proj,
-        getattr(module, f"down_proj{SCALE}"), name, list(constants), gated, interleaved,
+        getattr(module, f"down_proj{SCALE}"), name, list(constants), gated, interleaved, kernels=kernels,
     )  # fmt: skip
+
+
+def describe_fp8(module: Any, up: str, top_k: int | None, kernels: str) -> str:
+    """The op and which kernels run it for which number of tokens, for reports: ``top_k`` is None where unknown."""
+    w1, w2 = getattr(module, up), module.down_proj
+    op = "moe_compile::experts_fp8"
+    if kernels == "triton" or w2.device.type != "cuda":
+        return f"{op} by {'Triton' if w2.device.type == 'cuda' else 'PyTorch'}"
+    if kernels == "deepgemm":
+        return f"{op} by DeepGEMM"
+    if top_k is None:
+        return f"{op} by DeepGEMM or Triton"
+    experts, hidden, inter = w2.shape
+    dense = [
+        getattr(module, name).is_contiguous() and getattr(module, name + SCALE).is_contiguous()
+        for name in (up, "down_proj")
+    ]
+    sizes = (experts, top_k, hidden, inter)
+    facts = Facts(*sizes, w1.dtype, w2.dtype, dense[0], dense[1], hidden_contiguous=True, provider=None)
+    decision = decide(kernels, facts, TokenRange(0, None))
+    if not decision.failed:  # only now is a package looked for, and tried
+        from .deepgemm.provider import find
+
+        found = find(w2.get_device())
+        if isinstance(found, NoMatch):
+            decision = decide(kernels, replace(facts, provider=found), TokenRange(0, None))
+    rows = "" if decision.failed else " (rows that are not bfloat16: Triton)"
+    return f"{op} by {decision.text()}{rows}"

@@ -161,8 +161,8 @@ def optimize(model: Model, **options: Any) -> Model:
 
     Args:
         model: any module; one without known MoE modules comes back unchanged.
-        **options: ``strict`` (raise instead of leaving a module as it is) and ``dryrun`` (report, change nothing)
-            of ``moe_compile.config.Options``; the other options belong to ``torch.compile``.
+        **options: ``strict`` (raise instead of leaving a module as it is), ``dryrun`` (report, change nothing) and
+            ``deepgemm_rule`` of ``moe_compile.config.Options``; the other options belong to ``torch.compile``.
 
     Returns:
         The same object.
@@ -174,10 +174,10 @@ def optimize(model: Model, **options: Any) -> Model:
     """
     _require_transformers()
     settings = Options.resolve(options)
-    foreign = sorted(set(options) - {"strict", "dryrun"})
+    foreign = sorted(set(options) - {"strict", "dryrun", "deepgemm_rule"})
     if foreign:
-        raise OptionError(f"optimize takes the options strict and dryrun, not {', '.join(foreign)}")
-    strict = settings.strict
+        raise OptionError(f"optimize takes the options strict, dryrun and deepgemm_rule, not {', '.join(foreign)}")
+    strict, kernels = settings.strict, settings.kernels if "deepgemm_rule" in options else None
     chosen = []
     for module in model.modules():
         name = family_of(module)
@@ -187,7 +187,7 @@ def optimize(model: Model, **options: Any) -> Model:
             refusal: NoMatch | None = NoMatch("MC104", "forward is replaced on this instance, by a hook say")
             record_refused(module, refusal)  # type: ignore[arg-type]
         else:
-            refusal = eager_verdict(name, module, _declared_top_k(module)).refusal
+            refusal = eager_verdict(name, module, _declared_top_k(module), kernels).refusal
         if refusal is None:
             chosen.append((module, name))
         elif strict:
@@ -196,7 +196,7 @@ def optimize(model: Model, **options: Any) -> Model:
         raise NoMatch("MC206", f"{type(model).__name__} holds no known Hugging Face MoE module")
     for module, name in chosen if enabled() and not settings.dryrun else ():
         # a partial rather than a closure: it survives deepcopy and pickle with the right module
-        module.forward = functools.partial(_optimized_forward, module, name)
+        module.forward = functools.partial(_optimized_forward, module, name, _kernels=kernels)
     return model
 
 
@@ -208,8 +208,8 @@ def restore(model: Model) -> Model:
     return model
 
 
-def _optimized_forward(module: Any, name: str, /, *args: Any, **kwargs: Any) -> Any:
-    return dispatch(name, type(module).forward, module, args, kwargs)
+def _optimized_forward(module: Any, name: str, /, *args: Any, _kernels: str | None = None, **kwargs: Any) -> Any:
+    return dispatch(name, type(module).forward, module, args, kwargs, _kernels)
 
 
 def _is_optimized(module: nn.Module) -> bool:

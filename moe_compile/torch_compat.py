@@ -243,21 +243,29 @@ def current_backend() -> Any:
         return None
 
 
-def is_our_backend(compiler_fn: Any) -> bool:
-    """Whether a Dynamo compiler function is (a wrapper around) one of our backends.
+def current_options() -> dict[str, Any]:
+    """``options`` of the ``torch.compile`` call whose trace is running; empty where there is none."""
+    for wrapper in _unwrapped(current_backend()):
+        kwargs = getattr(wrapper, "kwargs", None)  # of torch._TorchCompileWrapper
+        if isinstance(kwargs, dict) and kwargs.get("options"):
+            return dict(kwargs["options"])
+    return {}
 
-    torch.compile, the debug wrapper and functools.partial each hide the backend in an attribute.
-    """
+
+def is_our_backend(compiler_fn: Any) -> bool:
+    """Whether a Dynamo compiler function is (a wrapper around) one of our backends."""
+    return any(candidate is backend for candidate in _unwrapped(compiler_fn) for backend in _backends)
+
+
+def _unwrapped(compiler_fn: Any) -> Iterator[Any]:
+    """A compiler function and what it wraps: torch.compile, the debug wrapper and functools.partial hide a backend."""
     pending, seen = [compiler_fn], set()
     while pending:
         candidate = pending.pop()
-        if candidate is None or id(candidate) in seen:
-            continue
-        seen.add(id(candidate))
-        if any(candidate is backend for backend in _backends):
-            return True
-        pending += [getattr(candidate, name, None) for name in _WRAPPER_ATTRIBUTES]
-    return False
+        if candidate is not None and id(candidate) not in seen:
+            seen.add(id(candidate))
+            yield candidate
+            pending += [getattr(candidate, name, None) for name in _WRAPPER_ATTRIBUTES]
 
 
 _without_capture: list[Any] = []  # code objects that cannot be traced with dynamic-shape capture

@@ -143,6 +143,12 @@ def test_experts_option_must_fit_the_device():
         compiled(MaskedDense().eval(), torch.randn(6, 32), experts="triton")
 
 
+def test_deepgemm_by_name_is_for_fp8_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_require_kernels", lambda *args: None)  # as on a GPU
+    with pytest.raises(Exception, match=r"fp8 weights and scales, and those of .*dense_loop.py:\d+ have none"):
+        compiled(MaskedDense().eval(), torch.randn(6, 32), experts="deepgemm")
+
+
 def test_weights_may_change_after_compiling():
     layer, x = WhereIndexAdd().eval(), torch.randn(6, 32)
     keys = {k: (v.shape, v.data_ptr()) for k, v in layer.state_dict().items()}

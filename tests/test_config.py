@@ -12,12 +12,13 @@ from moe_compile.config import OptionError, Options, effective, enabled, split_o
 
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("", *(f"_{n.upper()}" for n in (*config.NAMES, "quantize", "deepgemm_rule", "strct"))):
+    for name in ("", *(f"_{n.upper()}" for n in (*config.NAMES, "quantize", "strct"))):
         monkeypatch.delenv(f"MOE_COMPILE{name}", raising=False)
 
 
 def test_defaults() -> None:
-    assert Options.resolve() == Options(strict=False, experts="auto", verify=False, dryrun=False)
+    defaults = {"strict": False, "experts": "auto", "deepgemm_rule": "auto", "verify": False, "dryrun": False}
+    assert Options.resolve() == Options(**defaults)  # type: ignore[arg-type]
 
 
 def test_call_over_environment_over_default(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,7 +27,22 @@ def test_call_over_environment_over_default(monkeypatch: pytest.MonkeyPatch) -> 
     options = Options.resolve({"experts": "cpu"})
     assert options.strict and options.experts == "cpu"
     origins = {name: origin for name, (_, origin) in effective({"experts": "cpu"}).items()}
-    assert origins == {"strict": "environment", "experts": "call", "verify": "default", "dryrun": "default"}
+    assert origins.pop("strict") == "environment" and origins.pop("experts") == "call"
+    assert set(origins.values()) == {"default"}
+
+
+@pytest.mark.parametrize(
+    ("given", "kernels"),
+    [
+        ({}, "auto"),
+        ({"deepgemm_rule": "vllm"}, "vllm"),
+        ({"experts": "deepgemm", "deepgemm_rule": "vllm"}, "deepgemm"),
+        ({"experts": "triton", "deepgemm_rule": "vllm"}, "triton"),
+        ({"experts": "cpu"}, "auto"),
+    ],
+)
+def test_named_kernels_go_before_a_rule(given: dict[str, str], kernels: str) -> None:
+    assert Options.resolve(given).kernels == kernels
 
 
 @pytest.mark.parametrize(
@@ -45,10 +61,9 @@ def test_environment_booleans(monkeypatch: pytest.MonkeyPatch, raw: str, value: 
         ({"strict": 1}, r"option 'strict' takes True or False, got 1 \(int\)"),
         ({"strict": "yes"}, "takes True or False, got 'yes'"),
         ({"experts": "tritn"}, "did you mean 'triton'"),
-        ({"experts": None}, r"takes one of 'auto', 'triton', 'cpu', got None \(NoneType\)"),
-        ({"experts": "deepgemm"}, "'deepgemm' is not supported in this version"),
+        ({"experts": None}, r"takes one of 'auto', 'triton', 'deepgemm', 'cpu', got None \(NoneType\)"),
+        ({"deepgemm_rule": "vlm"}, r"one of 'auto', 'vllm', got 'vlm' \(str\), did you mean 'vllm'"),
         ({"quantize": "fp8"}, "'quantize' is not supported in this version"),
-        ({"deepgemm_rule": "vllm"}, "'deepgemm_rule' is not supported in this version"),
     ],
 )
 def test_wrong_options_name_what_was_given(overrides: dict[str, object], message: str) -> None:

@@ -7,6 +7,7 @@ and widens weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,17 +18,19 @@ from transformers import MixtralConfig
 from transformers.integrations.moe import use_experts_implementation
 
 import moe_compile
-from moe_compile import huggingface, report
+from moe_compile import hf_fp8, huggingface, report
+from moe_compile.deepgemm import provider
 from moe_compile.quantize import dequantize_blocks, dequantize_rows, quantize_blocks, quantize_rows
 from moe_compile.report import REFUSED, REWRITTEN
 from moe_compile.rewriting import analyse_graph
+from moe_compile.spec import NoMatch
 
 E, K, H, I, T = 4, 2, 256, 192, 11
 GRAPHS: list[torch.fx.GraphModule] = []
 OP = "moe_compile.experts_fp8.default"
 
 
-def ours(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+def ours(gm: torch.fx.GraphModule, example_inputs: list[Any], **_: Any) -> Callable[..., Any]:
     analyse_graph(gm)
     GRAPHS.append(gm)
     return gm
@@ -96,7 +99,7 @@ def test_optimize_and_restore(has_gate: bool, dtype: torch.dtype) -> None:
         actual = experts(*args)
     assert close(actual, expected) and actual.dtype == dtype
     assert torch.equal(actual, op(experts, *args))
-    assert {(s.status, s.kernel) for s in found.sites} == {(REWRITTEN, "moe_compile::experts_fp8")}
+    assert {(s.status, s.kernel) for s in found.sites} == {(REWRITTEN, "moe_compile::experts_fp8 by PyTorch")}
     assert torch.equal(moe_compile.restore(experts)(*args), expected)
 
 
@@ -118,6 +121,96 @@ def test_one_graph_under_the_backend() -> None:
     assert close(actual, expected)
     assert ops() == [OP]
     assert [s.status for s in found.sites] == [REWRITTEN]
+
+
+def kernels() -> list[str]:
+    return [n.kwargs.get("kernels", "auto") for gm in GRAPHS for n in gm.graph.nodes if str(n.target) == OP]
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "expected"),
+    [
+        ({}, None, "auto"),
+        ({}, "vllm", "vllm"),
+        ({"moe_compile.deepgemm_rule": "vllm"}, None, "vllm"),
+        ({"moe_compile.deepgemm_rule": "auto"}, "vllm", "auto"),
+        ({"moe_compile.experts": "triton"}, "vllm", "triton"),
+    ],
+)
+def test_the_options_reach_the_op(
+    options: dict[str, Any], environment: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if environment:
+        monkeypatch.setenv("MOE_COMPILE_DEEPGEMM_RULE", environment)
+    torch.compile(make(), backend=ours, fullgraph=True, options=options)(*inputs())
+    assert kernels() == [expected]
+
+
+def test_optimize_takes_a_rule_and_hands_it_to_the_op_in_eager_and_compiled_calls(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(hf_fp8.torch.ops.moe_compile, "experts_fp8", Spy(seen), raising=False)
+    experts = moe_compile.optimize(make(), deepgemm_rule="vllm")
+    experts(*inputs())
+    assert seen == ["vllm"]
+    monkeypatch.undo()
+    torch.compile(experts, backend=ours, options={"moe_compile.deepgemm_rule": "auto"})(*inputs())
+    assert kernels() == ["vllm"]
+
+
+class Spy:
+    """In place of the op."""
+
+    def __init__(self, seen: list[str]) -> None:
+        self.seen = seen
+
+    def default(self, x: Tensor, *args: Any, kernels: str) -> Tensor:
+        self.seen.append(kernels)
+        return x
+
+
+class OnCuda:
+    """An experts module's weight as a report sees it on a GPU."""
+
+    def __init__(self, *shape: int, dtype: torch.dtype = torch.float8_e4m3fn) -> None:
+        self.shape, self.dtype, self.device = shape, dtype, torch.device("cuda", 0)
+
+    def is_contiguous(self) -> bool:
+        return True
+
+    def get_device(self) -> int:
+        return 0
+
+
+def on_cuda(inter: int = 1024) -> Any:
+    scale = OnCuda(8, 4, 4, dtype=torch.float32)
+    return SimpleNamespace(
+        gate_up_proj=OnCuda(8, 2 * inter, 512), gate_up_proj_scale_inv=scale,
+        down_proj=OnCuda(8, 512, inter), down_proj_scale_inv=scale,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rule", "inter", "top_k", "found", "words"),
+    [
+        ("vllm", 1024, 2, "provider", "DeepGEMM for T >= 128, else Triton (rows that are not bfloat16: Triton)"),
+        ("auto", 1024, 2, "provider", "DeepGEMM for T >= 768, else Triton (rows that are not bfloat16: Triton)"),
+        ("vllm", 512, 2, "provider", "Triton: MC510 I=512 is not > 512"),
+        ("vllm", 1024, 2, NoMatch("MC502", "no nvcc"), "Triton: MC502 no nvcc"),
+        ("triton", 1024, 2, None, "Triton"),
+        ("deepgemm", 1024, 2, None, "DeepGEMM"),
+        ("auto", 1024, None, None, "DeepGEMM or Triton"),
+    ],
+)
+def test_a_report_says_which_kernels_run_for_which_tokens(
+    rule: str, inter: int, top_k: int | None, found: Any, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(provider, "find", lambda device: asked.append(device) or found)
+    text = hf_fp8.describe_fp8(on_cuda(inter), "gate_up_proj", top_k, rule)
+    assert text == f"moe_compile::experts_fp8 by {words}"
+    assert bool(asked) == (found is not None and inter > 512)  # a package is tried where it can be of use
 
 
 def test_the_registered_implementation() -> None:

@@ -81,23 +81,31 @@ def to_fp8(y, AXIS: tl.constexpr):
 
 
 @triton.jit
-def _row_scales(base, Q, n, first, BN: tl.constexpr, WHOLE: tl.constexpr):
-    """Where the scales of BN weight rows are: one address if they share a block (``WHOLE``), else one per row."""
-    if WHOLE:
-        return base + (first // GROUP_).to(tl.int64) * Q.row
-    else:
-        return base + (n // GROUP_).to(tl.int64) * Q.row
+def _row_scales(base, Q, first, tile, limit, WN: tl.constexpr):
+    """Where the scales of the WN weight rows from ``first`` on are, and which rows have the first of the two.
+
+    Rows that share no block with the first share the next one: a tile is no higher than a block, or starts on one.
+    ``tile`` numbers the first row and ``limit`` ends the rows that count.
+    """
+    end = first + tl.minimum(limit - tile, WN) - 1
+    n = first + tl.arange(0, WN)
+    lower = base + (first // GROUP_).to(tl.int64) * Q.row
+    upper = base + (end // GROUP_).to(tl.int64) * Q.row
+    return lower, upper, n // GROUP_ == first // GROUP_
 
 
 @triton.jit
-def _scaled(part, sw, sa, S: tl.constexpr, WHOLE: tl.constexpr):
-    """``part`` times the scales of its weight rows and of its rows."""
+def _scaled(part, lower, upper, low, at, sa, S: tl.constexpr, WHOLE: tl.constexpr):
+    """``part`` times the scales of its weight rows and of its rows (``sa``); ``at`` is the step along the depth."""
+    s = tl.load(lower + at)
     if WHOLE:
-        both = sw if sa is None else over_rows(sa * sw, S.swap)
+        both = s if sa is None else over_rows(sa * s, S.swap)
         return part * both
     elif S.swap:
+        sw = tl.where(low, s, tl.load(upper + at))
         return part * (sw[:, None] if sa is None else sw[:, None] * sa[None, :])
     else:
+        sw = tl.where(low, s, tl.load(upper + at))
         return part * (sw[None, :] if sa is None else sa[:, None] * sw[None, :])
 
 
@@ -135,7 +143,7 @@ def scaled_tile(
     """``tile.expert_tile`` with scales; quantises what it writes where ``Q.out`` is given."""
     TWO: tl.constexpr = M.layout == "concat" or M.layout == "separate"
     WN: tl.constexpr = 2 * S.bn if M.layout == "interleaved" else S.bn
-    # the rows of a tile share a block where tiles divide blocks and the up half starts on a tile
+    # all rows of a tile share a block where tiles divide blocks and the up half starts on a tile
     WHOLE: tl.constexpr = S.even_n and WN <= GROUP_
     tl.static_assert(S.bk == GROUP_)
     k = tl.arange(0, GROUP_)
@@ -144,7 +152,8 @@ def scaled_tile(
     n = rows_of_weight(n_in, limit, S.even_n, S.vector_n)
     wp = expert_base(W.w, e, M.w, M.w_aligned) + n[:, None] * W.w.out + k[None, :] * W.w.inp  # [WN, BK]
     block = Q.w + e.to(tl.int64) * Q.expert
-    sp = _row_scales(block, Q, n, tn * WN, WN, WHOLE)
+    tl.static_assert(WN <= GROUP_ or M.layout == "interleaved")
+    lower, upper, low = _row_scales(block, Q, tn * WN, tn * WN, limit, WN)
     xp = x + x_row[:, None] * x_stride + k[None, :]  # [BM, BK]
     if Q.x is not None:
         ap = Q.x + x_row * Q.x_row
@@ -154,11 +163,12 @@ def scaled_tile(
         if M.layout == "concat":
             up = wp + tl.cast(N, tl.int64) * W.w.out
             up_step = GROUP_ * W.w.inp
-            tp = _row_scales(block, Q, n + N, tn * WN + N, WN, WHOLE)
+            up_lower, up_upper, up_low = _row_scales(block, Q, tn * WN + N, tn * WN, N, WN)
         else:
             up = expert_base(W.up, e, M.up, M.up_aligned) + n[:, None] * W.up.out + k[None, :] * W.up.inp
             up_step = GROUP_ * W.up.inp
-            tp = _row_scales(Q.up + e.to(tl.int64) * Q.expert, Q, n, tn * WN, WN, WHOLE)
+            own = Q.up + e.to(tl.int64) * Q.expert
+            up_lower, up_upper, up_low = _row_scales(own, Q, tn * WN, tn * WN, N, WN)
     for g in range(0, tl.cdiv(D, GROUP_)):
         left = D - g * GROUP_
         if S.even_d:
@@ -168,13 +178,13 @@ def scaled_tile(
             a = tl.load(xp, mask=(k < left)[None, :], other=0.0)
             wt = tl.load(wp, mask=(k < left)[None, :], other=0.0, eviction_policy=S.evict)
         sa = tl.load(ap + g) if Q.x is not None else None
-        acc += _scaled(_product(a, wt, S.swap), tl.load(sp + g * Q.inp), sa, S, WHOLE)
+        acc += _scaled(_product(a, wt, S.swap), lower, upper, low, g * Q.inp, sa, S, WHOLE)
         if TWO:
             if S.even_d:
                 ut = tl.load(up, eviction_policy=S.evict)
             else:
                 ut = tl.load(up, mask=(k < left)[None, :], other=0.0, eviction_policy=S.evict)
-            acc_up += _scaled(_product(a, ut, S.swap), tl.load(tp + g * Q.inp), sa, S, WHOLE)
+            acc_up += _scaled(_product(a, ut, S.swap), up_lower, up_upper, up_low, g * Q.inp, sa, S, WHOLE)
             up += up_step
         xp += GROUP_
         wp += GROUP_ * W.w.inp

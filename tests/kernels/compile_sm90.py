@@ -57,6 +57,7 @@ CASES: dict[str, dict[str, Any]] = {
     "fp8-gemv": {"T": 1, "shape": (128, 8, 2048, 768), "fp8": "w8a8"},
     "fp8-decode": {"T": 16, "shape": (8, 2, 4096, 14336), "fp8": "w8a8"},
     "fp8-tails": {"T": 33, "shape": (32, 4, 2880, 2880), "layout": "interleaved", "args": GPT_OSS, "fp8": "w8a8"},
+    "fp8-halves": {"T": 1024, "shape": (32, 4, 2880, 2880), "fp8": "w8a8"},  # the up half starts inside a block
     "fp8-prefill": {"T": 4096, "shape": (8, 2, 4096, 14336), "fp8": "w8a8"},
     "w8a16-decode": {"T": 64, "shape": (128, 8, 2048, 768), "fp8": "w8a16"},
     "fp32-gemv": {"T": 1, "shape": (8, 2, 1024, 2048), "args": GPT_OSS, "dtype": torch.float32},
