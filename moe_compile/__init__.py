@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from moe_compile.huggingface import optimize, restore
     from moe_compile.inductor_pass import MoEPass
     from moe_compile.report import Report, Site
+    from moe_compile.warming import WarmUp, WarmUpError, warmup
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,8 @@ _HOME = {
     "NotRewritten": "decorator",
     "Report": "report",
     "Site": "report",
+    "WarmUp": "warming",
+    "WarmUpError": "warming",
     "check": "checking",
     "deep_gemm_moe_fp8": "functional",
     "explain": "explaining",
@@ -34,6 +37,7 @@ _HOME = {
     "optimize": "huggingface",
     "restore": "huggingface",
     "rewrite": "decorator",
+    "warmup": "warming",
 }
 
 __all__ = [
@@ -42,6 +46,8 @@ __all__ = [
     "NotRewritten",
     "Report",
     "Site",
+    "WarmUp",
+    "WarmUpError",
     "__version__",
     "check",
     "deep_gemm_moe_fp8",
@@ -50,6 +56,7 @@ __all__ = [
     "optimize",
     "restore",
     "rewrite",
+    "warmup",
 ]
 
 

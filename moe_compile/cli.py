@@ -1,9 +1,8 @@
-"""``python -m moe_compile demo | explain | check | bench | tune | doctor``."""
+"""``python -m moe_compile demo | explain | check | bench | tune | warmup | doctor``."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import logging
 import sys
@@ -11,11 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from . import cli_gpu
+from .cli_arguments import UsageError, load_target, number, numbers, sizes, workers
+
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-class UsageError(Exception):
-    """The command line names something that is not there."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,77 +48,30 @@ def _parser() -> argparse.ArgumentParser:
         if name == "explain":
             sub.add_argument("--html", metavar="FILE", help="write the report as a page, too")
     bench = command("bench", _bench, "time a naive MoE layer: eager, torch.compile, moe_compile")
-    bench.add_argument("--layer", type=_sizes, default=(8, 2, 256, 512), metavar="E,K,H,I", help="default 8,2,256,512")
-    bench.add_argument("--tokens", type=_numbers, default=[1, 16, 128], metavar="N,N,..", help="default 1,16,128")
+    bench.add_argument("--layer", type=sizes, default=(8, 2, 256, 512), metavar="E,K,H,I", help="default 8,2,256,512")
+    bench.add_argument("--tokens", type=numbers, default=[1, 16, 128], metavar="N,N,..", help="default 1,16,128")
     bench.add_argument("--dtype", choices=DTYPES, help="default bfloat16 on a GPU, else float32")
-    tune = command("tune", _tune, "measure kernel plans for a layer on this GPU and keep those that win")
-    tune.add_argument("--layer", type=_sizes, required=True, metavar="E,K,H,I", help="such as 128,8,2048,768")
+    tune = command("tune", cli_gpu.tune, "measure kernel plans for a layer on this GPU and keep those that win")
+    tune.add_argument("--layer", type=sizes, required=True, metavar="E,K,H,I", help="such as 128,8,2048,768")
     tune.add_argument(
-        "--tokens", type=_numbers, default=[1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096], metavar="N,N,..",
+        "--tokens", type=numbers, default=[1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096], metavar="N,N,..",
         help="numbers of tokens, each for those up to 1.4 times away; default 1,2,4,..,4096",
     )  # fmt: skip
     tune.add_argument("--dtype", choices=DTYPES[1:], default="bfloat16", help="default bfloat16")
     tune.add_argument("--layout", default="concat", help="of gate and up: single, concat, interleaved, separate")
     tune.add_argument("--storage", default="stacked", help="of the weights: stacked, transposed, separate")
     tune.add_argument("--activation", default="silu", help="default silu")
-    tune.add_argument("--budget", type=_number, default=60, metavar="N", help="plans per number of tokens, default 60")
+    tune.add_argument("--budget", type=number, default=60, metavar="N", help="plans per number of tokens, default 60")
+    warm = command("warmup", cli_gpu.warmup, "compile the kernels of a model's MoE layers before they are needed")
+    warm.add_argument("target", nargs="?", help="path.py:function as for explain; or give --layer")
+    warm.add_argument("--layer", type=sizes, metavar="E,K,H,I", help="a layer without a model, such as 128,8,2048,768")
+    warm.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of --layer, default bfloat16")
+    warm.add_argument("--fp8", action="store_true", help="--layer has fp8 weights with block scales")
+    warm.add_argument("--activation", default="silu", help="of --layer, default silu")
+    warm.add_argument("--max-tokens", type=number, default=16384, metavar="N", help="of one call, default 16384")
+    warm.add_argument("--workers", type=workers, metavar="N", help="processes, default one per processor; 0 for none")
     command("doctor", _doctor, "show what is installed and test that it works")
     return parser
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 1,16,128") from None
-    if min(numbers) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: every number must be positive")
-    return numbers
-
-
-def _number(text: str) -> int:
-    numbers = _numbers(text)
-    if len(numbers) != 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be one number")
-    return numbers[0]
-
-
-def _sizes(text: str) -> tuple[int, int, int, int]:
-    numbers = _numbers(text)
-    if len(numbers) != 4:
-        raise argparse.ArgumentTypeError(f"{text!r} must be four numbers E,K,H,I")
-    experts, top_k, hidden, inner = numbers
-    if top_k > experts:
-        raise argparse.ArgumentTypeError(f"K={top_k} experts per token, but there are only E={experts}")
-    return experts, top_k, hidden, inner
-
-
-def load_target(target: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """``path.py:function`` -> the model, its arguments and keyword arguments.
-
-    Raises:
-        UsageError: no such file or function, or it returns something else.
-    """
-    path, colon, name = target.rpartition(":")
-    if not colon or not name.isidentifier():
-        raise UsageError(f"{target!r} must look like path.py:function")
-    if not Path(path).is_file():
-        raise UsageError(f"there is no file {path!r}")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    if spec is None or spec.loader is None:
-        raise UsageError(f"{path!r} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise UsageError(f"{path!r} has no function {name!r}")
-    made = function()
-    if not isinstance(made, tuple) or len(made) not in (2, 3) or not callable(made[0]):
-        raise UsageError(f"{name} must return (model, args) or (model, args, kwargs), got {type(made).__name__}")
-    model, args = made[:2]
-    kwargs = dict(made[2]) if len(made) == 3 else {}
-    return model, tuple(args) if isinstance(args, (tuple, list)) else (args,), kwargs
 
 
 def _explain(arguments: argparse.Namespace) -> int:
@@ -198,46 +149,6 @@ def _bench(arguments: argparse.Namespace) -> int:
         name = str(dtype).removeprefix("torch.")
         print(f"E={experts} K={top_k} H={hidden} I={inner} on {device.type}, {name}")
         print(bench.table(rows))
-    return 0
-
-
-def _tune(arguments: argparse.Namespace) -> int:
-    import torch
-
-    from moe_compile.config import tuned_folder
-
-    if not torch.cuda.is_available():
-        raise UsageError("tune measures on a CUDA GPU, and torch finds none here: run it on the machine that has it")
-    from moe_compile import tuning
-    from moe_compile.kernels.experts import device_of, table_of
-    from moe_compile.kernels.tuned import merge
-
-    device = torch.device("cuda", torch.cuda.current_device())
-    path = table_of(tuned_folder(), device.index)
-    try:
-        layer = tuning.layer_of(
-            arguments.layer, arguments.dtype, arguments.layout, arguments.storage, arguments.activation
-        )
-        merge(path, {})  # a table that cannot be written is told before anything is measured
-    except (ValueError, OSError) as error:
-        raise UsageError(str(error)) from error
-    results = []
-    for i, tokens in enumerate(arguments.tokens, 1):
-
-        def step(tried: int, best: str, at: str = f"T={tokens} ({i} of {len(arguments.tokens)})") -> None:
-            sys.stderr.write(f"\r{at}: plan {tried} of at most {arguments.budget}, best {best}   ")
-
-        problem = tuning.Problem(layer, tokens, arguments.activation, device, device_of(device.index))
-        result = tuning.tune(problem, arguments.budget, step=step)
-        tuning.keep(path, result)
-        results.append(result)
-        sys.stderr.write("\r" + " " * 70 + "\r")
-        if not arguments.json:
-            print(result, flush=True)
-    if arguments.json:
-        print(json.dumps({"table": str(path), "results": [result.to_dict() for result in results]}, indent=2))
-    else:
-        print(f"kept in {path}; new processes use it")
     return 0
 
 

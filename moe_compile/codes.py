@@ -223,7 +223,15 @@ _TABLE = (
     Code("MC511", "kernel not compiled yet",
          "DeepGEMM compiles a kernel when a shape is first seen, and this would have been inside the capture of a CUDA graph, where nothing can be compiled or loaded.",
          "with torch.cuda.graph(graph): moe(x)  # the first call with this T",
-         "call the layer once with the same shapes outside the capture"),
+         "call moe_compile.warmup(model) before, or the layer once with the same shapes outside the capture"),
+    Code("MC512", "a kernel was not warmed up",
+         "moe_compile.warmup could not compile or run a kernel; the others are compiled. The error names the kernel, the layer and the number of tokens.",
+         "moe_compile.warmup(model, max_tokens=1000000)  # no memory for so many tokens",
+         "follow the compiler's message; if it blames no memory, disk or tool of this machine, report it with the output of python -m moe_compile doctor"),
+    Code("MC513", "nothing to warm up",
+         "The model ran, and none of its layers is one op of ours, or nothing is known to run it with.",
+         "moe_compile.warmup(naive_model)",
+         "give inputs as for a call, moe_compile.warmup(model, *inputs); moe_compile.explain(model, *inputs) tells why a layer is left alone"),
 )
 # fmt: on
 

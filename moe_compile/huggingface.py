@@ -181,7 +181,7 @@ def optimize(model: Model, **options: Any) -> Model:
     chosen = []
     for module in model.modules():
         name = family_of(module)
-        if name is None or _is_optimized(module):
+        if name is None or is_optimized(module):
             continue
         if "forward" in module.__dict__:
             refusal: NoMatch | None = NoMatch("MC104", "forward is replaced on this instance, by a hook say")
@@ -192,7 +192,7 @@ def optimize(model: Model, **options: Any) -> Model:
             chosen.append((module, name))
         elif strict:
             raise refusal
-    if strict and not chosen and not any(_is_optimized(module) for module in model.modules()):
+    if strict and not chosen and not any(is_optimized(module) for module in model.modules()):
         raise NoMatch("MC206", f"{type(model).__name__} holds no known Hugging Face MoE module")
     for module, name in chosen if enabled() and not settings.dryrun else ():
         # a partial rather than a closure: it survives deepcopy and pickle with the right module
@@ -203,7 +203,7 @@ def optimize(model: Model, **options: Any) -> Model:
 def restore(model: Model) -> Model:
     """Undo ``optimize``: every module runs the ``forward`` of its class again. Returns the same object."""
     for module in model.modules():
-        if _is_optimized(module):
+        if is_optimized(module):
             del module.forward
     return model
 
@@ -212,7 +212,8 @@ def _optimized_forward(module: Any, name: str, /, *args: Any, _kernels: str | No
     return dispatch(name, type(module).forward, module, args, kwargs, _kernels)
 
 
-def _is_optimized(module: nn.Module) -> bool:
+def is_optimized(module: nn.Module) -> bool:
+    """Whether ``optimize`` has replaced this module's ``forward``."""
     forward = module.__dict__.get("forward")
     return isinstance(forward, functools.partial) and forward.func is _optimized_forward
 

@@ -143,6 +143,25 @@ def inductor(
         return _TorchCompileInductorWrapper(mode, options or None, None)(gm, example_inputs)
 
 
+def run_after_pass(gm: fx.GraphModule, example_inputs: Sequence[Any], late: CustomGraphPass) -> Any:
+    """What ``inductor`` would compile, after its decompositions and ``late``, to be run operation by operation.
+
+    For programs without gradients.
+    """
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._inductor.decomposition import select_decomp_table
+
+    def as_it_is(aten: fx.GraphModule, _: Sequence[Any]) -> Any:
+        late(aten.graph)
+        aten.recompile()
+        return make_boxed_func(aten.forward)
+
+    return aot_autograd(fw_compiler=as_it_is, inference_compiler=as_it_is, decompositions=select_decomp_table)(
+        gm, example_inputs
+    )
+
+
 def matcher_pass() -> Any:
     """A fresh ``PatternMatcherPass``: Inductor's engine that finds anchors, last node first."""
     from torch._inductor.pattern_matcher import PatternMatcherPass

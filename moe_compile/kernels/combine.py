@@ -84,7 +84,8 @@ def invert(order: Tensor) -> Tensor:
     pairs = order.numel()
     inverse = torch.empty_like(order, dtype=torch.int32)
     if pairs:
-        invert_kernel[(triton.cdiv(pairs, 1024),)](order, inverse, pairs, BLOCK=1024, **dependent(order))
+        constants = {"BLOCK": 1024, **dependent(order)}
+        once(lambda: Launch(invert_kernel, (triton.cdiv(pairs, 1024),), constants), order, inverse, pairs)
     return inverse
 
 

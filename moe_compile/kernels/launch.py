@@ -9,12 +9,17 @@ ended before this one could be launched, because every kernel waits before it le
 
 Binding: Triton looks at every argument of every launch to find the kernel that it has compiled, which takes longer
 than a small layer. ``Kernels`` keeps what it found for all calls that are alike.
+
+Instead of launching: inside ``noting`` every launch is handed to a function and left out (``ahead``, for warm-up).
+What such calls return is memory that nobody wrote.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -59,9 +64,31 @@ class Launch(NamedTuple):
 Start = Callable[..., None]  # ``start(make, *args)`` launches ``make()`` with run-time arguments ``args``
 
 
+Note = Callable[[Launch, tuple[Any, ...]], None]  # takes a launch and its run-time arguments
+_note: ContextVar[Note | None] = ContextVar("moe_compile_note", default=None)
+
+
+@contextmanager
+def noting(note: Note) -> Iterator[None]:
+    """Launch nothing in this thread inside the ``with`` block, and call ``note`` for every launch left out."""
+    token = _note.set(note)
+    try:
+        yield
+    finally:
+        _note.reset(token)
+
+
+def note_of_thread() -> Note | None:
+    """What takes the place of launches now, if anything."""
+    return _note.get()
+
+
 def once(make: Callable[[], Launch], *args: Any) -> None:
     """Launch, as Triton does it."""
-    launch = make()
+    launch, note = make(), _note.get()
+    if note is not None:
+        note(launch, args)
+        return
     launch.kernel[launch.grid](*args, **launch.constants)
 
 
@@ -79,7 +106,7 @@ class Kernels:
 
     def call(self) -> Call:
         """What starts the kernels of one call."""
-        return Call(self)
+        return Call(self) if _note.get() is None else NotedCall(self)
 
 
 class Call:
@@ -108,3 +135,15 @@ class Call:
         """All kernels of the call were launched: later calls may use what this one found."""
         if self._ready is None:
             self._kernels.ready = tuple(self._found)
+
+
+class NotedCall(Call):
+    """A call that launches nothing, hence finds no kernels that later calls could use."""
+
+    __slots__ = ()
+
+    def __call__(self, make: Callable[[], Launch], *args: Any) -> None:
+        once(make, *args)
+
+    def end(self) -> None:
+        """Nothing is kept."""

@@ -86,7 +86,7 @@ def quantize_kernel(
                 tl.store(layout + j * A + tl.arange(0, A), tl.zeros((A,), tl.int32) + e)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity"])
 def activate_kernel(
     x,  # [M, N or 2N] in padded order
     offsets,

@@ -233,7 +233,8 @@ def tile_table(offsets: Tensor, pairs: int, bm: int, rest: int = 0) -> tuple[Ten
     tiles = offsets.new_empty(1 + 2 * capacity, dtype=torch.int32)
     programs = max(1, min(64, pairs // (bm * 8)))
     ep = max(power_of_two(experts), 32)
-    tiles_kernel[(programs,)](offsets, tiles, experts, capacity, EP=ep, BM=bm, REST=rest, **dependent(offsets))
+    constants = {"EP": ep, "BM": bm, "REST": rest, **dependent(offsets)}
+    once(lambda: Launch(tiles_kernel, (programs,), constants), offsets, tiles, experts, capacity)
     return tiles, capacity
 
 

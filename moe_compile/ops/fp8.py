@@ -90,7 +90,8 @@ def experts_fp8(
                 choice.provider, choice.align, x, topk_weights, topk_ids, count, up, down, weight_on_input, out_dtype,
                 call,
             )  # fmt: skip
-            kind.warm = True  # its kernels are compiled now, so that a later capture can hold them
+            # its kernels are compiled now, so that a later capture can hold them, unless nothing was launched
+            kind.warm = kind.warm or kernel("launch", "note_of_thread")() is None
         else:
             out = kernel("scaled_experts", "follow_scaled")(
                 choice.plan, x, topk_weights, topk_ids, count, up, down, quantise, weight_on_input, out_dtype, call
@@ -132,7 +133,7 @@ def _deepgemm(
     Raises:
         KernelUnavailable: DeepGEMM was named and cannot run.
     """
-    from ..deepgemm.experts import alignment
+    from ..deepgemm.experts import alignment, has_run
     from ..deepgemm.provider import find
 
     failures = refusals("vllm" if kernels == "vllm" else "auto", x, ids, up, down, quantise, None)
@@ -146,7 +147,7 @@ def _deepgemm(
             failures = [Failure(provider.code, provider.reason)]
         elif (hidden % ALIGNMENT or inter % ALIGNMENT) and not provider.tails:
             failures = [Failure("MC404", f"H={hidden}, I={inter}, and {provider.name} computes partial blocks wrong")]
-        elif cold:
+        elif cold and not has_run(provider, ids, up, down):
             failures = [Failure("MC511", "a CUDA graph is being captured, and no call of this size has run before")]
     if not failures:
         tokens, top_k = ids.shape
