@@ -111,7 +111,7 @@ def warmup(
         model: a module with its weights on a CUDA device. It runs once, without its MoE layers.
         *args: its inputs, as for a call; a Hugging Face model needs none.
         max_tokens: the most tokens (batch times sequence) of one call.
-        workers: processes that compile at once; by default one per processor, 0 compiles in this process.
+        workers: processes that compile at once; by default one per processor and at most 16, 0 compiles in this process.
         progress: show a bar on stderr if that is a terminal.
         **kwargs: its keyword inputs.
 
@@ -261,10 +261,10 @@ def grid(highest: int) -> list[int]:
 
 def _compile(work: _Work, missing: Iterable[str], workers: int | None, progress: bool) -> set[str]:
     """Compile what is missing in other processes; the keys of what failed."""
-    from .kernels.workers import Answer, Job, compile_all, processors
+    from .kernels.workers import Answer, Job, compile_all, default_workers
 
     jobs = [Job(key, source) for key in missing if (source := work.need[key].source) is not None]
-    count = processors() if workers is None else workers
+    count = default_workers() if workers is None else workers
     if not jobs or count == 0:
         return set()
     broken = set()
@@ -283,9 +283,10 @@ def _compile(work: _Work, missing: Iterable[str], workers: int | None, progress:
 
 def _load(work: _Work, broken: set[str]) -> None:
     """Run the fewest tokens at which every kernel is needed: it is then loaded, and compiled if it was not."""
-    loaded: set[str] = set()
+    loaded: set[tuple[torch.device, str]] = set()  # every device has its own
     for (layer, tokens), keys in sorted(work.cases.items(), key=lambda case: case[0][1]):
-        if keys <= loaded or keys & broken:
+        new = {(layer.device, key) for key in keys} - loaded
+        if not new or keys & broken:
             continue
         try:
             layer.call(tokens)
@@ -293,10 +294,10 @@ def _load(work: _Work, broken: set[str]) -> None:
         except Exception as error:  # the compiler, the driver or the memory; other cases may run
             from .kernels.workers import described
 
-            names = ", ".join(sorted({work.need[key].function for key in keys - loaded}))
+            names = ", ".join(sorted({work.need[key].function for _, key in new}))
             work.fail(names, layer, tokens, described(error))
             continue
-        loaded |= keys
+        loaded |= new
 
 
 def _multiply(work: _Work, progress: bool) -> int:

@@ -22,6 +22,7 @@ from . import ahead
 
 # They take most of the time: first, so that no process ends with a long one while the others wait.
 LONG = ("grouped_kernel", "decode_kernel")
+MOST = 16  # processes, unless more are asked for
 
 
 class Job(NamedTuple):
@@ -39,10 +40,10 @@ class Answer(NamedTuple):
     error: str = ""
 
 
-def processors() -> int:
-    """How many processes can compile at once here."""
+def default_workers() -> int:
+    """One per processor; each takes some hundred megabytes, and a layer has a few dozen kernels."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, count or 1)
+    return max(1, min(count or 1, MOST))
 
 
 def compile_all(jobs: Sequence[Job], workers: int, step: Callable[[Answer], None]) -> None:
@@ -89,7 +90,7 @@ class _Worker:
     def __init__(self, folder: str) -> None:
         self.folder = folder
         self.process: subprocess.Popen[bytes] | None = None
-        self.errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  closed by ``stop``
+        self.errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  read when the process is gone
         self.lock = threading.Lock()
         self.stopped = False
 

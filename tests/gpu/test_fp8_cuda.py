@@ -180,6 +180,7 @@ def fresh() -> None:
     """NaN in freed memory, and no choice that another test has made."""
     torch.backends.cuda.matmul.allow_tf32 = False
     calls.kind_of.cache_clear()
+    deepgemm_experts._ran.clear()
     spoil()
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from moe_compile.kernels.launch import Kernels, Launch, once
+from moe_compile.kernels.launch import Kernels, Launch, noting, once
 
 
 class Kernel:
@@ -98,3 +98,21 @@ def test_once() -> None:
     log: list[tuple[Any, ...]] = []
     once(lambda: Launch(Kernel("a", log), (5,), {"W": 1, "B": 2}), 3, 4)
     assert log == [("bound", "a", (5,), (3, 4), {"W": 1, "B": 2})]
+
+
+def test_noted_launches_are_left_out_and_not_remembered() -> None:
+    log: list[tuple[Any, ...]] = []
+    noted: list[tuple[Any, ...]] = []
+    kernels = Kernels()
+    with noting(lambda launch, args: noted.append((launch.kernel.name, args))):
+        call(kernels, log, 1)
+        once(lambda: Launch(Kernel("c", log), (1,), {"W": 1, "B": 2}), 3, 4)
+    assert noted == [("a", (1, 7)), ("b", (1, 7)), ("c", (3, 4))] and not log and not kernels.ready
+    call(kernels, log, 2)
+    assert [entry[:2] for entry in log] == [("bound", "a"), ("bound", "b")]
+    log.clear()
+    with noting(lambda launch, args: noted.append((launch.kernel.name, args))):
+        call(kernels, log, 3)  # though it knows its kernels
+    assert not log and noted[3:] == [("a", (3, 7)), ("b", (3, 7))]
+    call(kernels, log, 4)
+    assert [entry[:2] for entry in log] == [("direct", "a"), ("direct", "b")]
