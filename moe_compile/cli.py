@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     warm.add_argument("--fp8", action="store_true", help="--layer has fp8 weights with block scales")
     warm.add_argument("--activation", default="silu", help="of --layer, default silu")
     warm.add_argument("--max-tokens", type=number, default=16384, metavar="N", help="of one call, default 16384")
-    warm.add_argument("--workers", type=workers, metavar="N", help="processes, 0 for none; default one per processor, at most 16")
+    warm.add_argument("--workers", type=workers, metavar="N", help="processes, 0 for none; default one per processor")
     command("doctor", _doctor, "show what is installed and test that it works")
     return parser
 

@@ -228,7 +228,8 @@ def layers_of_size(
     x = torch.zeros(tokens, hidden, dtype=dtype, device=device)
     ids = torch.zeros(tokens, top_k, dtype=torch.int64, device=device)
     shapes = ((experts, 2 * inter, hidden), (experts, hidden, inter))
-    w1, w2 = (torch.zeros(s, dtype=FP8 if fp8 else dtype, device=device) for s in shapes)
+    stored = torch.uint8 if fp8 else dtype
+    w1, w2 = (torch.zeros(s, dtype=stored, device=device).view(FP8 if fp8 else dtype) for s in shapes)
     meaning = (act.name, act.args(), act.gated, False)
     out = {}
     for weights_dtype in dict.fromkeys((torch.float32, dtype)):

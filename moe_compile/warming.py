@@ -13,26 +13,22 @@ Shape legend: see ``spec.py``.
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .warm_calls import Layer, inputs_of, recorded
 from .warm_progress import Progress
+from .warm_tokens import regimes
 
 if TYPE_CHECKING:
     from .kernels.ahead import Needed
     from .kernels.launch import Launch
 
-Kind = TypeVar("Kind", bound=Hashable)
-
 MAX_TOKENS = 16384
-EACH = 64  # up to so many tokens every number is looked at
-GROWTH = 1.06  # from one number to the next beyond; what changes between two that differ is sought by halving
 
 
 @dataclass(frozen=True)
@@ -111,7 +107,7 @@ def warmup(
         model: a module with its weights on a CUDA device. It runs once, without its MoE layers.
         *args: its inputs, as for a call; a Hugging Face model needs none.
         max_tokens: the most tokens (batch times sequence) of one call.
-        workers: processes that compile at once; by default one per processor and at most 16, 0 compiles in this process.
+        workers: processes that compile at once; by default one per processor and at most 16. With 0 this one does.
         progress: show a bar on stderr if that is a terminal.
         **kwargs: its keyword inputs.
 
@@ -186,6 +182,7 @@ def _look(work: _Work, layer: Layer, max_tokens: int) -> None:
     """Which kernels a layer needs for which number of tokens."""
     from .kernels.ahead import needed
     from .kernels.launch import noting
+    from .kernels.workers import described
 
     gemms: dict[int, Any] = {}
 
@@ -209,6 +206,9 @@ def _look(work: _Work, layer: Layer, max_tokens: int) -> None:
     except torch.OutOfMemoryError as error:
         work.fail("the layer", layer, max_tokens, f"out of memory ({error}); give a smaller max_tokens")
         return
+    except Exception as error:  # what the op says of such a call
+        work.fail("the layer", layer, max_tokens, described(error))
+        return
     for tokens, keys in sorted(found.items()):
         work.cases[layer, tokens] = keys
         for key in keys:
@@ -229,34 +229,6 @@ def _gemms_of(work: _Work, layer: Layer, gemms: Mapping[int, list[Any]], max_tok
             align, rows = blocks(provider, tokens, top_k, shape[0])
             place = (align, rows, (layer.device, *shape))
             work.gemms.setdefault(place, (provider, projection, layer, tokens))
-
-
-def regimes(kind: Callable[[int], Kind], highest: int) -> dict[int, Kind]:
-    """``kind`` of all numbers up to ``highest`` that show where it changes: both sides of every border.
-
-    Found are all kinds but those that begin and end between two neighbours of a fine grid which are alike.
-    """
-    seen = {number: kind(number) for number in grid(highest)}
-    numbers = sorted(seen)
-    todo = list(itertools.pairwise(numbers))
-    while todo:
-        low, high = todo.pop()
-        if high - low > 1 and seen[low] != seen[high]:
-            middle = (low + high) // 2
-            seen[middle] = kind(middle)
-            todo += [(low, middle), (middle, high)]
-    return seen
-
-
-def grid(highest: int) -> list[int]:
-    """All numbers up to 64, then ever fewer, each with the next multiple of 16, and powers of two."""
-    numbers = set(range(1, min(EACH, highest) + 1)) | {highest}
-    number = float(EACH)
-    while number < highest:
-        number *= GROWTH
-        numbers |= {int(number), -(-int(number) // 16) * 16}
-    numbers |= {1 << n for n in range(highest.bit_length())}
-    return sorted(n for n in numbers if n <= highest)
 
 
 def _compile(work: _Work, missing: Iterable[str], workers: int | None, progress: bool) -> set[str]:

@@ -20,7 +20,8 @@ from moe_compile.deepgemm import experts as deepgemm_experts
 from moe_compile.demo import DenseLoop
 from moe_compile.kernels import ahead, launch, workers
 from moe_compile.warm_calls import Layer, inputs_of, layer_of, layers_of_size, recorded
-from moe_compile.warming import Failure, WarmUp, WarmUpError, grid, regimes, warm_layers, warmup
+from moe_compile.warm_tokens import grid, regimes
+from moe_compile.warming import Failure, WarmUp, WarmUpError, warm_layers, warmup
 
 SCRIPT = Path(__file__).with_name("warm_sm90.py")
 

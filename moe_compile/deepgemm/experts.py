@@ -113,7 +113,7 @@ def rehearse(provider: Provider, align: int, rows: int, projection: Projection) 
     b = projection.w.first
     if _size(align, rows, b) in _ran:
         return False
-    a = torch.zeros(rows, b.shape[2], dtype=b.dtype, device=b.device)
+    a = torch.zeros(rows, b.shape[2], dtype=torch.uint8, device=b.device).view(b.dtype)
     scale = mn_major(rows, b.shape[2], a).zero_()
     layout = torch.full((rows,), -1, dtype=torch.int32, device=b.device)
     layout[:align] = 0
