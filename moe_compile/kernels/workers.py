@@ -1,8 +1,10 @@
 """Processes that compile kernels ahead of their launches (``ahead``), side by side.
 
-Processes and not threads: Triton holds the interpreter while it compiles (on two cores two threads took as long as
-one). They are started as a command and not by ``multiprocessing``, which would run the caller's own script again in
-each of them. They see no GPU. Sources go in and answers come out as pickles through pipes.
+Processes and not threads, although those would run side by side too (the interpreter is held for 5 to 12 % of a
+compilation): a compiler that crashes takes only its own process with it, its memory is given back, and several programs
+share the work. Each takes some three seconds of a processor to start. They are started as a command and not by
+``multiprocessing``, which would run the caller's own script again in each of them. They see no GPU. Sources go in and
+answers come out as pickles through pipes.
 """
 
 from __future__ import annotations
