@@ -120,12 +120,12 @@ class _Worker:
 
     def last_words(self, failure: Exception) -> str:
         """What is known of a process that gave no answer."""
-        code = None
-        if self.process is not None:
-            try:
-                code = self.process.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                code = None
+        try:
+            code = None if self.process is None else self.process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            code = None
+        if code is None:  # it lives, or never did
+            return described(failure)
         self.errors.seek(0, os.SEEK_END)
         size = self.errors.tell()
         self.errors.seek(max(0, size - 2000))
