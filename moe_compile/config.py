@@ -22,8 +22,8 @@ ENV = "MOE_COMPILE"
 EXPERTS = ("auto", "triton", "deepgemm", "cpu")
 DEEPGEMM_RULES = ("auto", "vllm")
 _CHOICES = {"experts": EXPERTS, "deepgemm_rule": DEEPGEMM_RULES}
-# Names that the design reserves; giving one is an error that says so, never a silent no-op.
-_RESERVED = {"quantize": "weights run in the dtype they have"}
+# Names that mean something elsewhere; giving one here is an error that says where.
+_RESERVED = {"quantize": "it changes weights, so moe_compile.optimize(model, quantize='fp8') takes it"}
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 _warned: set[str] = set()
 
@@ -151,7 +151,7 @@ def _report_unknown_environment() -> None:
 def _check_name(name: str) -> None:
     if name in _RESERVED:
         reason = _RESERVED[name]
-        raise OptionError(f"option {name!r} is not supported in this version: {reason}; leave it out")
+        raise OptionError(f"option {name!r} is none of a compilation: {reason}")
     if name not in NAMES:
         raise OptionError(f"unknown option {name!r}{_nearest(name)}; the options are {', '.join(NAMES)}")
 

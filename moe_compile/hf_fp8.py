@@ -18,6 +18,7 @@ from .quantize import BLOCK, FP8
 from .spec import NoMatch
 
 SCALE = "_scale_inv"
+NOTE = "_moe_compile_note"  # on a module: what reports add to the kernels
 
 
 def is_fp8(module: Any) -> bool:
@@ -60,14 +61,18 @@ def run_fp8(
 
 def describe_fp8(module: Any, up: str, top_k: int | None, kernels: str) -> str:
     """The op and which kernels run it for which number of tokens, for reports: ``top_k`` is None where unknown."""
+    note = module.__dict__.get(NOTE)
+    return f"moe_compile::experts_fp8 by {_kernels(module, up, top_k, kernels)}{f'; {note}' if note else ''}"
+
+
+def _kernels(module: Any, up: str, top_k: int | None, kernels: str) -> str:
     w1, w2 = getattr(module, up), module.down_proj
-    op = "moe_compile::experts_fp8"
     if kernels == "triton" or w2.device.type != "cuda":
-        return f"{op} by {'Triton' if w2.device.type == 'cuda' else 'PyTorch'}"
+        return "Triton" if w2.device.type == "cuda" else "PyTorch"
     if kernels == "deepgemm":
-        return f"{op} by DeepGEMM"
+        return "DeepGEMM"
     if top_k is None:
-        return f"{op} by DeepGEMM or Triton"
+        return "DeepGEMM or Triton"
     experts, hidden, inter = w2.shape
     dense = [
         getattr(module, name).is_contiguous() and getattr(module, name + SCALE).is_contiguous()
@@ -83,4 +88,4 @@ def describe_fp8(module: Any, up: str, top_k: int | None, kernels: str) -> str:
         if isinstance(found, NoMatch):
             decision = decide(kernels, replace(facts, provider=found), TokenRange(0, None))
     rows = "" if decision.failed else " (rows that are not bfloat16: Triton)"
-    return f"{op} by {decision.text()}{rows}"
+    return f"{decision.text()}{rows}"

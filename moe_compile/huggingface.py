@@ -22,10 +22,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import hf_trace, torch_compat
+from . import hf_trace, quantizing, torch_compat
 from .config import OptionError, Options, enabled
 from .hf_classes import FAMILIES, STACKED, defining_class
-from .hf_dispatch import dispatch, eager_verdict, record_refused, run_traced
+from .hf_dispatch import check, dispatch, eager_verdict, record_refused, run_traced
+from .hf_fp8 import is_fp8
+from .match.activation import Recognised
 from .spec import NoMatch
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -152,7 +154,7 @@ def _require_transformers() -> None:
 # --- per instance ---------------------------------------------------------------------------------
 
 
-def optimize(model: Model, **options: Any) -> Model:
+def optimize(model: Model, *, quantize: str | None = None, keep_originals: bool = False, **options: Any) -> Model:
     """Let the MoE modules inside ``model`` run our ops, in place, in eager mode and under any backend.
 
     Only the ``forward`` attribute of those module instances is set: parameters, state_dict keys,
@@ -161,6 +163,11 @@ def optimize(model: Model, **options: Any) -> Model:
 
     Args:
         model: any module; one without known MoE modules comes back unchanged.
+        quantize: ``"fp8"`` also rounds the weights of the experts to float8_e4m3fn with a scale per 128 x 128, for
+            inference, and changes what the model computes: the report and the log (``moe_compile.quantizing``) state
+            each layer's memory and measured error. Layers are done one by one, and the memory of each is free before
+            the next. A layer that cannot be quantised stays as it is, and the report says why.
+        keep_originals: keep the old weights on the CPU, so that ``restore`` can bring them back.
         **options: ``strict`` (raise instead of leaving a module as it is), ``dryrun`` (report, change nothing) and
             ``deepgemm_rule`` of ``moe_compile.config.Options``; the other options belong to ``torch.compile``.
 
@@ -169,7 +176,9 @@ def optimize(model: Model, **options: Any) -> Model:
 
     Raises:
         ImportError: transformers is not installed.
-        OptionError: an unknown option, or one that only ``torch.compile`` takes.
+        OptionError: an unknown option or value, or one that only ``torch.compile`` takes.
+        QuantizedError: a layer could not be quantised after all, for lack of memory say. The layers before it are
+            quantised and work; it and those after it are as they were.
         NoMatch: ``strict`` and a module is refused, or there is none to rewrite. Nothing was changed.
     """
     _require_transformers()
@@ -177,39 +186,73 @@ def optimize(model: Model, **options: Any) -> Model:
     foreign = sorted(set(options) - {"strict", "dryrun", "deepgemm_rule"})
     if foreign:
         raise OptionError(f"optimize takes the options strict, dryrun and deepgemm_rule, not {', '.join(foreign)}")
+    if quantize not in (None, "fp8"):
+        raise OptionError(f"quantize takes None or 'fp8', got {quantize!r}")
     strict, kernels = settings.strict, settings.kernels if "deepgemm_rule" in options else None
-    chosen = []
+    chosen: list[tuple[Any, str, Recognised | None]] = []
     for module in model.modules():
         name = family_of(module)
-        if name is None or is_optimized(module):
+        rounding = quantize is not None and not is_fp8(module)
+        if name is None or (is_optimized(module) and not rounding):
             continue
-        if "forward" in module.__dict__:
+        found: Recognised | None = None
+        if "forward" in module.__dict__ and not is_optimized(module):
             refusal: NoMatch | None = NoMatch("MC104", "forward is replaced on this instance, by a hook say")
             record_refused(module, refusal)  # type: ignore[arg-type]
+        elif rounding:
+            refusal = check(name, module)
+            try:
+                found = quantizing.check_quantizable(FAMILIES[name], module) if refusal is None else None
+            except NoMatch as other:
+                refusal = other
+            if refusal is not None:
+                record_refused(module, refusal)
         else:
             refusal = eager_verdict(name, module, _declared_top_k(module), kernels).refusal
         if refusal is None:
-            chosen.append((module, name))
+            chosen.append((module, name, found))
         elif strict:
             raise refusal
     if strict and not chosen and not any(is_optimized(module) for module in model.modules()):
         raise NoMatch("MC206", f"{type(model).__name__} holds no known Hugging Face MoE module")
-    for module, name in chosen if enabled() and not settings.dryrun else ():
+    if not enabled() or settings.dryrun:
+        for module, name, found in chosen:
+            if found is not None:  # nothing has been reported of it
+                eager_verdict(name, module, _declared_top_k(module), kernels)
+        return model
+    for done, (module, name, found) in enumerate(chosen):
+        if found is not None:
+            try:
+                quantizing.quantize_module(module, found, keep_originals)
+            except Exception as error:
+                raise quantizing.QuantizedError(
+                    f"layer {done + 1} of {len(chosen)} was not quantised ({type(error).__name__}: {error}); it and "
+                    "those after it are as they were, those before it are quantised and work"
+                ) from error
+            eager_verdict(name, module, _declared_top_k(module), kernels)  # of what it is now, for the report
         # a partial rather than a closure: it survives deepcopy and pickle with the right module
         module.forward = functools.partial(_optimized_forward, module, name, _kernels=kernels)
     return model
 
 
 def restore(model: Model) -> Model:
-    """Undo ``optimize``: every module runs the ``forward`` of its class again. Returns the same object."""
+    """Undo ``optimize``: every module runs the ``forward`` of its class again. Returns the same object.
+
+    Raises:
+        QuantizedError: weights were quantised and the old ones not kept. Nothing was changed.
+    """
+    quantizing.check_restorable(model.modules())
     for module in model.modules():
+        if quantizing.is_quantized(module):
+            quantizing.unquantize_module(module)
         if is_optimized(module):
             del module.forward
     return model
 
 
 def _optimized_forward(module: Any, name: str, /, *args: Any, _kernels: str | None = None, **kwargs: Any) -> Any:
-    return dispatch(name, type(module).forward, module, args, kwargs, _kernels)
+    original = quantizing.forward if quantizing.is_quantized(module) else type(module).forward
+    return dispatch(name, original, module, args, kwargs, _kernels)
 
 
 def is_optimized(module: nn.Module) -> bool:
