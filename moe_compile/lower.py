@@ -15,9 +15,11 @@ from .legality import is_size_check
 from .loops import marks
 from .match.expert import Handle
 from .match.facts import Leaf
+from .match.fp8 import ScaleHandle
 from .match.labels import same
 from .ops.schema import BELOW_AUTOGRAD
 from .planning import Plan, alike
+from .quantize import BLOCK
 from .routers import Chain
 from .spec import Weight
 
@@ -76,7 +78,9 @@ def _call(c: _Cursor, p: Plan) -> fx.Node:
         ids = c.call(torch.reshape, (ids, (-1, moe.top_k)))
     weights = _router(c, p, ids)
     w1, w3, w2, b1, b3, b2 = (_role(c, w, leaves) for w in (ex.w1, ex.w3, ex.w2, ex.b1, ex.b3, ex.b2))
-    if ex.activation is not None:
+    if ex.fp8 and ex.activation is not None:
+        out = _fp8(c, p, flat, weights, ids, [*w1, *w3, *w2])
+    elif ex.activation is not None:
         out = c.call(
             namespace.experts.default,
             (flat, weights, ids, w1, w3, w2, b1, b3, b2, ex.activation.name, ex.activation.args(), ex.activation.gated),
@@ -85,6 +89,52 @@ def _call(c: _Cursor, p: Plan) -> fx.Node:
     else:
         out = _custom(c, p, flat, ids, weights, (w1, w3, w2, b1, b3, b2))
     return out if len(out_shape) == 2 else _shaped(c, out, out_shape, p)
+
+
+def _fp8(c: _Cursor, p: Plan, x: fx.Node, weights: fx.Node, ids: fx.Node, matrices: list[fx.Node]) -> fx.Node:
+    """The op of fp8 weights; rows stay as they are, as in the program."""
+    moe = p.found.moe
+    ex, act = moe.experts, moe.experts.activation
+    assert act is not None
+    sizes = {"w1": ex.intermediate_size * (2 if act.gated and ex.w3 is None else 1), "w3": ex.intermediate_size}
+    args: list[fx.Node] = []
+    for name, role in (("w1", ex.w1), ("w3", ex.w3), ("w2", ex.w2)):
+        if role is not None:
+            out, inner = sizes.get(name, ex.hidden_size), ex.intermediate_size if name == "w2" else ex.hidden_size
+            args += [matrices[len(args) // 2], _scale(c, role, p.leaves, (ex.num_experts, out, inner))]
+    apart = {"w3": args[2], "w3_scale": args[3]} if ex.w3 is not None else {}
+    return c.call(
+        torch.ops.moe_compile.experts_fp8.default,
+        (x, weights, ids, *args[:2], *args[-2:], act.name, act.args(), act.gated),
+        {
+            "interleaved": ex.interleaved, "weight_on_input": moe.weight_on_input, "quantise": False,
+            "out_dtype": moe.out_dtype, **apart,
+        },
+    )  # fmt: skip
+
+
+def _scale(c: _Cursor, weight: Weight, leaves: dict[Leaf, fx.Node], sizes: tuple[int, int, int]) -> fx.Node:
+    """The scales of a role as the op takes them: one per block of 128 x 128 (copies without memory where fewer are
+    stored), or one per output channel."""
+    assert weight.scale is not None
+    handle: ScaleHandle = weight.scale.part
+    experts, out, inner = sizes
+    stored = value(handle.leaf.node)
+    node = leaves[handle.leaf]
+    if stored.dtype != torch.float32:
+        node = c.call(torch.Tensor.to, (node, torch.float32))
+    counted = [d for d in handle.axes if d is not None]
+    others = [d for d in range(stored.dim()) if d not in counted]  # each of one element
+    if [*others, *counted] != list(range(stored.dim())):
+        node = c.call(torch.permute, (node, (*others, *counted)))
+    shape = tuple(1 if d is None else int(stored.shape[d]) for d in handle.axes)
+    node = c.call(torch.reshape, (node, shape))
+    if handle.cut is not None:
+        node = c.call(operator.getitem, (node, (slice(None), slice(*handle.cut))))
+    rows, columns = (-(-size // block) for size, block in zip((out, inner), BLOCK, strict=True))
+    if weight.scale.block[0] == 1 < out:
+        rows, columns = out, 1
+    return c.call(torch.Tensor.expand, (node, (experts, rows, columns)))
 
 
 def _shaped(c: _Cursor, result: fx.Node, shape: Any, p: Plan) -> fx.Node:

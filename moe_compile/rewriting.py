@@ -14,7 +14,7 @@ from . import claims, legality, lower, near_miss, planning, torch_compat
 from .canonical import Canonical, canonicalise
 from .loops import effects, substitution
 from .loops import marks as loop_marks
-from .match import combine, groups, marks, routing, rows, stack, values, views
+from .match import combine, groups, marks, routing, rows, scales, stack, values, views
 from .match.engine import Engine, Rule, ids_of
 from .match.facts import Sum
 from .match.layer import Found, rebased
@@ -46,6 +46,7 @@ def facts_of(copy: Canonical) -> Engine:
     """Run every rule over a canonical copy."""
     tables = [
         views.RULES,
+        scales.RULES,
         values.RULES,
         stack.RULES,
         groups.RULES,
@@ -225,4 +226,7 @@ def kernel_text(found: Found) -> str:
     device = found.moe.hidden_states.node.meta["val"].device.type
     if found.moe.experts.activation is None:
         return f"{device}: two grouped GEMMs around the original activation"
+    if found.moe.experts.fp8:
+        where = "cuda: Triton, by T" if device == "cuda" else f"{device}: GEMMs"
+        return f"{where}; fp8 weights, widened in the kernel"
     return "cuda: Triton, by T" if device == "cuda" else f"{device}: grouped GEMMs"

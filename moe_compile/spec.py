@@ -139,24 +139,51 @@ class Router:
 
 
 @dataclass(frozen=True)
+class Scale:
+    """What an fp8 weight is multiplied by: the weight means ``w * scale``.
+
+    ``part`` is a handle of ``[E, ceil(out / block[0]), ceil(in / block[1])]``, whatever the order in which the weight
+    is stored: each ``block`` of output and input features shares a number. ``(1, in)`` is a scale per output channel,
+    ``(out, in)`` one per matrix.
+    """
+
+    part: Any
+    block: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        if len(self.block) != 2 or min(self.block) < 1:
+            raise ValueError(f"a scale is shared by a block of (out, in) features, got {self.block}")
+
+    def times(self, w: Tensor, e: int) -> Tensor:
+        """``w [out, in]`` of expert ``e``, scaled; in the wider dtype of the two."""
+        (rows, columns), (out, inner) = self.block, w.shape
+        every = self.part[e].repeat_interleave(rows, 0)[:out].repeat_interleave(columns, 1)[:, :inner]
+        return w * every.to(torch.promote_types(w.dtype, every.dtype))
+
+
+@dataclass(frozen=True)
 class Weight:
     """One role (for example "down projection") of all experts.
 
     ``parts`` holds handles (graph nodes while matching, tensors in the ops): either one stacked
     ``[E, out, in]`` (biases ``[E, out]``), or E separate ``[out, in]`` (``[out]``) in the order of
     the expert ids. ``transposed`` says that the handles are stored ``[.., in, out]``; lowering
-    inserts a view, so kernels always see ``[.., out, in]`` with any strides.
+    inserts a view, so kernels always see ``[.., out, in]`` with any strides. ``scale`` is there when the handle is
+    fp8: the weight means ``part * scale``.
     """
 
     parts: tuple[Any, ...]
     stacked: bool
     transposed: bool = False
+    scale: Scale | None = None
 
     def __post_init__(self) -> None:
         if not self.parts:
             raise ValueError("a Weight needs at least one tensor")
         if self.stacked and len(self.parts) != 1:
             raise ValueError(f"a stacked Weight is one tensor, got {len(self.parts)}")
+        if self.scale is not None and not self.stacked:
+            raise ValueError(f"a Weight with a scale is one stacked tensor, got {len(self.parts)} separate ones")
 
 
 @dataclass(frozen=True)
@@ -194,6 +221,17 @@ class Experts:
             raise ValueError("interleaved gate/up rows need one fused w1, got a separate w3")
         if self.b3 is not None and self.w3 is None:
             raise ValueError("b3 belongs to w3, which is absent")
+        matrices = [w for w in (self.w1, self.w3, self.w2) if w is not None]
+        scaled = [w for w in matrices if w.scale is not None]
+        if scaled and len(scaled) < len(matrices):
+            raise ValueError(f"{len(scaled)} of {len(matrices)} projections have a scale: all are fp8, or none")
+        if scaled and (self.activation is None or any(b is not None for b in (self.b1, self.b2, self.b3))):
+            raise ValueError("fp8 experts have a known activation and no biases")
+
+    @property
+    def fp8(self) -> bool:
+        """Whether the weights are fp8 with scales."""
+        return self.w1.scale is not None
 
     @property
     def weights(self) -> tuple[Weight, ...]:
@@ -229,9 +267,9 @@ class MoE:
         act = "custom activation" if e.activation is None else e.activation.name
         gated = "-gated" if e.activation is not None and e.activation.gated else ""
         bias = ", biases" if any(b is not None for b in (e.b1, e.b2, e.b3)) else ""
-        return (
-            f"{e.num_experts} experts, top-{self.top_k}, {act}{gated}{bias}, H={e.hidden_size} I={e.intermediate_size}"
-        )
+        fp8 = ", fp8 weights" if e.fp8 else ""
+        sizes = f"H={e.hidden_size} I={e.intermediate_size}"
+        return f"{e.num_experts} experts, top-{self.top_k}, {act}{gated}{bias}{fp8}, {sizes}"
 
     def reference(self, dtype: torch.dtype | None = None) -> Tensor:
         """The meaning in plain PyTorch, one expert after the other; handles must be tensors.
@@ -276,8 +314,13 @@ class MoE:
 def _linear(x: Tensor, weight: Weight, bias: Weight | None, e: int, dtype: torch.dtype | None) -> Tensor:
     def part(w: Weight) -> Tensor:
         t = w.parts[0][e] if w.stacked else w.parts[e]
+        if w.scale is not None:
+            t = t.to(dtype or x.dtype)  # fp8 multiplies nothing
         return t if dtype is None else t.to(dtype)
 
     w = part(weight)
-    y = x @ (w if weight.transposed else w.t())
+    w = w.t() if weight.transposed else w  # [out, in]
+    if weight.scale is not None:
+        w = weight.scale.times(w, e).to(x.dtype)
+    y = x @ w.t()
     return y if bias is None else y + part(bias)

@@ -1,9 +1,10 @@
 """The tile of ``tile.py`` with weights in fp8 that carry a scale per block, and rows in fp8 or as they are.
 
 The scheme is DeepSeek-V3's (https://arxiv.org/abs/2412.19437, section 3.3): e4m3 weights with one float32 scale per
-128 x 128 block, rows with one per 128 of the depth. A step of the loop is one block deep, so its product is scaled
-as it is added to the float32 sum, and the tensor core's own narrow sum never spans more than a step. Rows that are
-not quantised are multiplied with weights widened to their dtype, which is exact.
+128 x 128 block, rows with one per 128 of the depth; a weight may have one per output channel instead. A step of the
+loop is one block deep, so its product is scaled as it is added to the float32 sum, and the tensor core's own narrow
+sum never spans more than a step. Rows that are not quantised are multiplied with weights widened to their dtype,
+which is exact.
 
 Shape legend: see ``spec.py``.
 """
@@ -36,7 +37,7 @@ class Scales(NamedTuple):
 
     x: Any  # [rows, groups of the depth], dense
     x_row: int  # its stride
-    w: Any  # [E, blocks of rows, blocks of the depth], any strides
+    w: Any  # [E, blocks of rows, blocks of the depth] or [E, rows, 1], any strides
     up: Any  # the same for an up weight of its own
     expert: int  # strides of w and up
     row: int
@@ -69,6 +70,7 @@ def scales_of(projection: Projection, quant: Quant) -> Scales:
         return NO_SCALES
     x_row = 0 if quant.x is None else quant.x.stride(0)
     expert, row, inp = w.stride()
+    inp = 0 if w.shape[2] == 1 else inp  # one per channel serves the whole depth
     return Scales(quant.x, x_row, w, projection.up_scale, expert, row, inp, quant.out)
 
 
@@ -81,31 +83,45 @@ def to_fp8(y, AXIS: tl.constexpr):
 
 
 @triton.jit
-def _row_scales(base, Q, first, tile, limit, WN: tl.constexpr):
+def _row_scales(base, Q, first, tile, limit, WN: tl.constexpr, ROWS: tl.constexpr):
     """Where the scales of the WN weight rows from ``first`` on are, and which rows have the first of the two.
 
-    Rows that share no block with the first share the next one: a tile is no higher than a block, or starts on one.
-    ``tile`` numbers the first row and ``limit`` ends the rows that count.
+    In blocks rows that share none with the first share the next one: a tile is no higher than a block, or starts on
+    one. With a scale for every row (``ROWS`` 1) the first has an address for each. ``tile`` numbers the first row and
+    ``limit`` ends the rows that count.
     """
     end = first + tl.minimum(limit - tile, WN) - 1
     n = first + tl.arange(0, WN)
-    lower = base + (first // GROUP_).to(tl.int64) * Q.row
+    low = n // GROUP_ == first // GROUP_
     upper = base + (end // GROUP_).to(tl.int64) * Q.row
-    return lower, upper, n // GROUP_ == first // GROUP_
+    if ROWS == 1:
+        lower = base + tl.minimum(n, end).to(tl.int64) * Q.row
+    else:
+        lower = base + (first // GROUP_).to(tl.int64) * Q.row
+    return lower, upper, low
+
+
+@triton.jit
+def _weight_scales(lower, upper, low, at, ROWS: tl.constexpr):
+    """The scales of all rows of a tile at one step along the depth."""
+    if ROWS == 1:
+        return tl.load(lower + at)
+    else:
+        return tl.where(low, tl.load(lower + at), tl.load(upper + at))
 
 
 @triton.jit
 def _scaled(part, lower, upper, low, at, sa, S: tl.constexpr, WHOLE: tl.constexpr):
     """``part`` times the scales of its weight rows and of its rows (``sa``); ``at`` is the step along the depth."""
-    s = tl.load(lower + at)
     if WHOLE:
+        s = tl.load(lower + at)
         both = s if sa is None else over_rows(sa * s, S.swap)
         return part * both
     elif S.swap:
-        sw = tl.where(low, s, tl.load(upper + at))
+        sw = _weight_scales(lower, upper, low, at, S.scale_rows)
         return part * (sw[:, None] if sa is None else sw[:, None] * sa[None, :])
     else:
-        sw = tl.where(low, s, tl.load(upper + at))
+        sw = _weight_scales(lower, upper, low, at, S.scale_rows)
         return part * (sw[None, :] if sa is None else sa[:, None] * sw[None, :])
 
 
@@ -153,7 +169,7 @@ def scaled_tile(
     wp = expert_base(W.w, e, M.w, M.w_aligned) + n[:, None] * W.w.out + k[None, :] * W.w.inp  # [WN, BK]
     block = Q.w + e.to(tl.int64) * Q.expert
     tl.static_assert(WN <= GROUP_ or M.layout == "interleaved")
-    lower, upper, low = _row_scales(block, Q, tn * WN, tn * WN, limit, WN)
+    lower, upper, low = _row_scales(block, Q, tn * WN, tn * WN, limit, WN, S.scale_rows)
     xp = x + x_row[:, None] * x_stride + k[None, :]  # [BM, BK]
     if Q.x is not None:
         ap = Q.x + x_row * Q.x_row
@@ -163,12 +179,12 @@ def scaled_tile(
         if M.layout == "concat":
             up = wp + tl.cast(N, tl.int64) * W.w.out
             up_step = GROUP_ * W.w.inp
-            up_lower, up_upper, up_low = _row_scales(block, Q, tn * WN + N, tn * WN, N, WN)
+            up_lower, up_upper, up_low = _row_scales(block, Q, tn * WN + N, tn * WN, N, WN, S.scale_rows)
         else:
             up = expert_base(W.up, e, M.up, M.up_aligned) + n[:, None] * W.up.out + k[None, :] * W.up.inp
             up_step = GROUP_ * W.up.inp
             own = Q.up + e.to(tl.int64) * Q.expert
-            up_lower, up_upper, up_low = _row_scales(own, Q, tn * WN, tn * WN, N, WN)
+            up_lower, up_upper, up_low = _row_scales(own, Q, tn * WN, tn * WN, N, WN, S.scale_rows)
     for g in range(0, tl.cdiv(D, GROUP_)):
         left = D - g * GROUP_
         if S.even_d:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..quantize import FP8, dequantize_blocks, dequantize_rows
+from ..quantize import BLOCK, FP8, dequantize_blocks, dequantize_rows
 from ..quantize import quantize_rows as quantize_rows_twin
 from .combine import combine_pairs, combine_sorted, combine_twin
 from .config import H200, Device, Plan
@@ -20,7 +20,7 @@ from .grouped import gather_projection, projection_twin, sorted_projection
 from .launch import Start, once
 from .operand import Operand
 from .quantize import quantize_rows
-from .scaled import Quant, groups
+from .scaled import GROUP, Quant, groups
 from .scaled_gemv import MAX_COLUMNS, scaled_gemv_down, scaled_gemv_up
 from .scaled_plans import choose_scaled_path, select_scaled
 from .sort import sort_pairs
@@ -35,7 +35,8 @@ def plan_scaled(
     (tokens, top_k), hidden, inter = ids.shape, up.depth, up.columns
     if path is None:
         # the columns of a matrix-vector program lie in one block of scales
-        dense = is_dense(up, down) and inter % MAX_COLUMNS == 0 and down.columns % MAX_COLUMNS == 0
+        blocks = up.scale_rows == down.scale_rows == GROUP
+        dense = is_dense(up, down) and blocks and inter % MAX_COLUMNS == 0 and down.columns % MAX_COLUMNS == 0
         path = choose_scaled_path(tokens, top_k, hidden, inter, dense)
     return select_scaled(
         path, tokens, top_k, experts, hidden, inter, up.epilogue.gated, quantise, elements, device
@@ -83,19 +84,20 @@ def scaled_twin(rows: Tensor, expert: Tensor, projection: Projection, scales: Te
     if quantise:
         rows = dequantize_rows(*quantize_rows_twin(rows))
     wide = Projection(
-        _wide(projection.w, projection.scale),
+        _wide(projection.w, projection.scale, projection.scale_rows),
         projection.columns,
         projection.epilogue,
-        None if projection.up is None else _wide(projection.up, projection.up_scale),
+        None if projection.up is None else _wide(projection.up, projection.up_scale, projection.scale_rows),
         projection.b,
         projection.b_up,
     )
     return projection_twin(rows.float(), expert, wide, scales)
 
 
-def _wide(role: Operand, scale: Tensor | None) -> Operand:
+def _wide(role: Operand, scale: Tensor | None, rows: int) -> Operand:
     assert scale is not None
-    return Operand((dequantize_blocks(role.first, scale),))
+    block = BLOCK if rows == GROUP else (rows, role.first.shape[-1])
+    return Operand((dequantize_blocks(role.first, scale, block),))
 
 
 def run_scaled_twin(

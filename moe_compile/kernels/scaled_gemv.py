@@ -18,7 +18,7 @@ from .activation import activate
 from .config import power_of_two
 from .launch import Launch, Start, dependent, follow, once
 from .operand import expert_base
-from .scaled import GROUP_, PLAIN_ROWS, groups, scales_of, to_fp8
+from .scaled import GROUP, GROUP_, PLAIN_ROWS, groups, scales_of, to_fp8
 from .tile import Projection
 
 MAX_COLUMNS = 8
@@ -200,6 +200,8 @@ def scaled_gemv_up(
     out = x.new_empty(pairs, projection.columns)
     if pairs == 0:
         return out
+    if projection.scale_rows != GROUP:
+        raise ValueError("a scale per output channel has no matrix-vector kernel; take the path decode")
     n, d = projection.columns, projection.depth
 
     def launch() -> Launch:
@@ -229,6 +231,8 @@ def scaled_gemv_down(
     out = rows.new_empty(tokens, projection.columns, dtype=out_dtype)
     if tokens == 0:
         return out
+    if projection.scale_rows != GROUP:
+        raise ValueError("a scale per output channel has no matrix-vector kernel; take the path decode")
     n, d = projection.columns, projection.depth
 
     def launch() -> Launch:

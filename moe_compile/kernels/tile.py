@@ -62,6 +62,7 @@ class Shape(NamedTuple):
     even_d: bool  # no partial step along the depth
     vector_n: bool  # the columns are a multiple of 16
     evict: str
+    scale_rows: int  # rows of an fp8 weight that share a scale (``scaled``)
 
 
 class Projection:
@@ -71,7 +72,8 @@ class Projection:
         w: the only weight, or gate, or fused gate and up, ``[E, rows, depth]``.
         columns: output columns per expert.
         up: the up weight of a ``separate`` layout.
-        scale: float32 ``[E, blocks of rows, blocks of the depth]``, the scales of an fp8 weight (``scaled``).
+        scale: float32 ``[E, blocks of rows, blocks of the depth]``, the scales of an fp8 weight (``scaled``), or
+            ``[E, rows, 1]``, one per output channel.
         up_scale: the same for ``up``.
     """
 
@@ -130,7 +132,14 @@ class Projection:
             self.depth % tiles.bk == 0,
             self.columns % 16 == 0,
             tiles.evict,
+            self.scale_rows,
         )
+
+    @property
+    def scale_rows(self) -> int:
+        """Rows of a weight that share a scale: 128 in blocks, or 1; a matrix of one row is a block."""
+        rows = self.w.first.shape[-2]
+        return 1 if self.scale is not None and self.scale.shape[1] == rows > 1 else 128
 
     @property
     def describable(self) -> bool:

@@ -13,6 +13,7 @@ from ..spec import Activation, Experts, Weight
 from .activation import activation_of
 from .engine import Engine
 from .facts import Leaf, Slot, Val, Wt, refuse
+from .fp8 import check_fp8, from_fp8, scale_of
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,15 @@ def experts_of(engine: Engine, val: Val, node: fx.Node) -> Experts:
     hidden = _features(maps[0][0])[1]
     if out_features != hidden:
         raise refuse("MC201", f"experts map H={hidden} to {out_features} features", node)
-    common: dict[str, Any] = dict(num_experts=count, hidden_size=hidden, w2=_weight(w2), b2=_bias(b2))
     for m, b in [*maps, (w2, b2)]:
         for slot in (m, b):
             if slot is not None and _count(slot.weight) != count:
                 raise refuse("MC208", f"weights of {_count(slot.weight)} and of {count} experts meet", node)
+    fp8 = check_fp8(val, [*maps, (w2, b2)], node)
+    common: dict[str, Any] = dict(num_experts=count, hidden_size=hidden, w2=_weight(w2), b2=_bias(b2))
     built = _known(maps, inner, middle, inter, common)
+    if built is None and fp8:
+        raise refuse("MC301", "fp8 experts have an activation that the op does not know", node)
     if built is None:
         built = _custom(maps, inner, middle, inter, common)
     _dtypes(engine, val, built, node)
@@ -215,7 +219,8 @@ def _weight(slot: Slot, cut: tuple[int, int, int] | None = None) -> Weight:
         taken = ("w1" if slot.transposed else "w0", *cut)
     leaves = w.leaves or (w.leaf,)
     stacked = not w.leaves
-    return Weight(tuple(Handle(leaf, taken) for leaf in leaves), stacked, slot.transposed)
+    scale = None if w.scales is None else scale_of(w.scales, slot, taken)
+    return Weight(tuple(Handle(leaf, taken) for leaf in leaves), stacked, slot.transposed, scale)
 
 
 def _bias(slot: Slot | None, cut: tuple[int, int, int] | None = None) -> Weight | None:
@@ -232,9 +237,13 @@ def _bias(slot: Slot | None, cut: tuple[int, int, int] | None = None) -> Weight 
 def _dtypes(engine: Engine, val: Val, experts: Experts, node: fx.Node) -> None:
     dtype = value(val.x.node).dtype
     for weight in experts.weights:
+        if not weight.stacked and from_fp8(weight.parts[0].leaf.node):
+            # the op would need all widened weights at once, and the program has one at a time
+            at = weight.parts[0].leaf.node
+            raise refuse("MC408", "the weights of each expert are computed from an fp8 tensor", at)
         for handle in weight.parts:
             tensor = value(handle.leaf.node)
-            if tensor.dtype != dtype:
+            if tensor.dtype != dtype and weight.scale is None:
                 raise refuse("MC401", f"weights are {tensor.dtype}, the hidden states {dtype}", handle.leaf.node)
             if type(tensor).__name__ not in PLAIN_TENSORS:
                 raise refuse("MC402", f"weights are a {type(tensor).__name__}", handle.leaf.node)

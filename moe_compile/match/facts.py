@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import fx
 
 from ..spec import NoMatch
-from .labels import Dims
+from .labels import Dims, joined
 
 
 class Leaf(NamedTuple):
@@ -162,11 +163,28 @@ class Unfinished(Fact):
 
 
 @dataclass(frozen=True)
+class Scales:
+    """What an fp8 weight is multiplied by (``match.scales``): a border value.
+
+    Args:
+        axes: the dimensions of the leaf that count experts, blocks along ``w0`` and along ``w1``; None: one for all.
+        blocks: how many neighbours along ``w0`` and ``w1`` share a scale, where an axis counts them.
+        dtype: what the scaled weight was rounded to, before it is multiplied.
+    """
+
+    leaf: Leaf
+    axes: tuple[int | None, int | None, int | None]
+    blocks: tuple[int, int]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
 class Wt(Fact):
     """A weight of one expert, of every expert (``e`` atom) or of each pair's expert (``source`` "ids").
 
     ``source``: "one" (a tensor of its own), "row" (row ``expert`` of a stack), "axis", "ids".
     ``cut`` = (start, stop, step) along ``w0`` (the output features), taken from the leaf.
+    ``scales``: the leaf is fp8, and the weight is it times these.
     """
 
     leaf: Leaf
@@ -175,10 +193,14 @@ class Wt(Fact):
     ids: Leaf | None = None
     cut: tuple[str, int, int, int] | None = None
     leaves: tuple[Leaf, ...] = ()
+    scales: Scales | None = None
 
     def key(self) -> tuple[Any, ...]:
         """What must agree between experts, apart from the tensor itself."""
-        return (self.source in ("one", "row"), self.cut)
+        return (self.source in ("one", "row"), self.cut, self.scales)
+
+    def with_dims(self, dims: Dims) -> Wt:
+        return replace(self, dims=tuple(joined(d) for d in dims))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from ..canonical import shape_of, value
 from .engine import Engine, Rules
 from .facts import Index, Leaf, Range, SortedIds, Val, Wt, refuse
 from .labels import Atom, Dim, Dims, is_token, names, same, size_of
-from .nodes import argument, aten, is_float, normal_dim
+from .nodes import argument, aten, is_float, is_fp8, normal_dim
 from .pairs import token_major
 from .routing import ids_dims, token_count
 from .values import lift, weight_leaf, x_rows
@@ -22,7 +22,9 @@ def gathered_weight(engine: Engine, node: fx.Node, source: fx.Node, ids: Leaf, d
     shape = shape_of(source)
     if len(shape) == 3 and value(source).dtype.is_complex:
         raise refuse("MC401", f"the experts' weights are {value(source).dtype}", node)
-    if len(shape) not in (2, 3) or not all(isinstance(s, int) for s in shape) or not is_float(source):
+    if len(shape) not in (2, 3) or not all(isinstance(s, int) for s in shape):
+        return None
+    if not (is_float(source) or (is_fp8(source) and len(shape) == 3)):
         return None
     if len(shape) == 2:
         weight: Any = Wt(((Atom("e", shape[0]),), (Atom("w0", shape[1]),)), engine.leaf(source), "axis")

@@ -2,9 +2,9 @@
 
 A tensor's dimensions are labelled with *atoms*: ``t0 t1 ..`` (token dimensions), ``k`` (slot of the top-k), ``e``
 (expert), ``r`` (rows picked for one expert, or all pairs in sorted order), ``f`` (features; ``fo``/``fi`` once it is
-split), ``w0 w1`` (the two dimensions of a weight matrix) and ``*`` (a broadcast copy of anything). A dimension is a
-tuple of atoms merged in row-major order, so a view only regroups atoms and a permutation only reorders them. An atom
-of size one is never kept.
+split), ``w0 w1`` (the two dimensions of a weight matrix; ``w0o``/``w0i`` once it is cut into blocks) and ``*`` (a
+broadcast copy of anything). A dimension is a tuple of atoms merged in row-major order, so a view only regroups atoms
+and a permutation only reorders them. An atom of size one is never kept.
 """
 
 from __future__ import annotations
@@ -112,6 +112,13 @@ def regroup(dims: Dims, shape: Sequence[Any]) -> Dims | None:
             at += 1
         out.append(tuple(dim))
     return tuple(out) if at == len(atoms) else None
+
+
+def joined(dim: Dim) -> Dim:
+    """A dimension of a weight that was cut into blocks, once they lie side by side again: ``w0o``, ``w0i`` -> ``w0``."""
+    if len(dim) == 2 and [a.name for a in dim] in (["w0o", "w0i"], ["w1o", "w1i"]):
+        return (Atom(dim[0].name[:2], dim[0].size * dim[1].size),)
+    return dim
 
 
 def unify(a: Dims, b: Dims) -> Dims | None:

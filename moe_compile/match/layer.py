@@ -74,6 +74,7 @@ def build(engine: Engine, output: fx.Node, total: Sum, form: str) -> Found:
     leaves = [val.x, ids, *([router.leaf] if router is not None else [])]
     for weight in experts.weights:
         leaves += [h.leaf for h in weight.parts]
+        leaves += [weight.scale.part.leaf] if weight.scale is not None else []
     if total.base is not None:
         leaves.append(total.base)
     return Found(moe, Routing(ids, router, val.x), output, total.base, tuple(leaves))

@@ -14,6 +14,9 @@ from ..torch_compat import statically_true
 aten = torch.ops.aten
 ID_DTYPES = (torch.int16, torch.int32, torch.int64)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FP8 = (
+    torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz,
+)  # fmt: skip
 
 # Results that share memory with their first argument.
 VIEWS = frozenset(
@@ -72,6 +75,12 @@ def is_float(node: Any) -> bool:
     """Whether ``node`` is a floating-point tensor node of at least 16 bits."""
     val = value(node) if isinstance(node, fx.Node) else None
     return isinstance(val, torch.Tensor) and val.dtype in FLOATS
+
+
+def is_fp8(node: Any) -> bool:
+    """Whether ``node`` is a tensor node of 8-bit floats."""
+    val = value(node) if isinstance(node, fx.Node) else None
+    return isinstance(val, torch.Tensor) and val.dtype in FP8
 
 
 def rank(node: fx.Node) -> int:

@@ -76,6 +76,9 @@ def merge_weights(weights: list[Wt], node: Any) -> Wt:
     first = weights[0]
     count = len(weights)
     for e, w in enumerate(weights):
+        if w.scales != first.scales:
+            what = "its own tensor" if w.source == "one" else "scaled otherwise than that of expert 0"
+            raise refuse("MC408", f"the fp8 weight of expert {e} is {what}", node)
         if w.key() != first.key() or names(w.dims) != names(first.dims):
             raise refuse("MC201", f"the weights of expert {e} have another form than those of expert 0", node)
         mine, ref = [x.size for d in w.dims for x in d], [x.size for d in first.dims for x in d]

@@ -12,7 +12,7 @@ from ..canonical import shape_of
 from .engine import Engine, Rules
 from .facts import Gate, Ids, Slot, Sum, Val, Wt, refuse
 from .labels import Atom, Dim, Dims, flat_names, same, token_dims, unify, unify_dim
-from .nodes import VIEWS, argument, aten, is_float, rank
+from .nodes import VIEWS, argument, aten, is_float, is_fp8, rank
 
 _SPREADS = frozenset(
     {aten.expand.default, aten.unsqueeze.default, aten.repeat.default, aten.repeat_interleave.self_int}
@@ -77,7 +77,9 @@ def x_leaf(engine: Engine, node: fx.Node) -> Val | None:
 def weight_leaf(engine: Engine, node: fx.Node) -> Wt | None:
     """A plain tensor as a weight: ``[out, in]`` of one expert or ``[E, out, in]`` of all."""
     shape = shape_of(node)
-    if len(shape) not in (2, 3) or not all(isinstance(s, int) for s in shape) or not is_float(node):
+    if len(shape) not in (2, 3) or not all(isinstance(s, int) for s in shape):
+        return None
+    if not (is_float(node) or is_fp8(node)):
         return None
     if len(shape) == 2:
         return Wt(tuple((Atom(n, s),) for n, s in zip(("w0", "w1"), shape, strict=True)), engine.leaf(node), "one")

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ..guards import ALIGNMENT, Facts, Failure, TokenRange, decide
-from ..quantize import BLOCK, dequantize_blocks, dequantize_rows, quantize_rows
+from ..quantize import dequantize_blocks, dequantize_rows, quantize_rows
 from ..spec import Activation, NoMatch
 from .calls import Kind, check_device, epilogue, kernel, kind_of, on, traits
 from .schema import implement
-from .validate import check_fp8
+from .validate import block_of, check_fp8
 
 if TYPE_CHECKING:
     from ..deepgemm.provider import Provider
@@ -60,25 +60,36 @@ def experts_fp8(
     quantise: bool = True,
     kernels: str = "auto",
     out_dtype: torch.dtype | None = None,
+    w3: Tensor | None = None,
+    w3_scale: Tensor | None = None,
     path: str | None = None,
 ) -> Tensor:
     """The CUDA implementation; ``path`` (not in the schema) forces one of ``kernels.config.PATHS`` of Triton."""
     x, args = hidden_states, tuple(activation_args)
-    tensors = tuple(traits(t) for t in (x, topk_weights, topk_ids, w1, w1_scale, w2, w2_scale))
+    given = (x, topk_weights, topk_ids, w1, w1_scale, w2, w2_scale, w3, w3_scale)
+    tensors = tuple(None if t is None else traits(t) for t in given)
     options = (gated, interleaved, weight_on_input, quantise, kernels, out_dtype, path)
     kind = kind_of("fp8", tensors, activation, args, *options)
     if not kind.checked:
-        check_fp8(x, topk_weights, topk_ids, w1, w1_scale, w2, w2_scale, gated, interleaved)
-        check_device(
-            x, topk_weights=topk_weights, topk_ids=topk_ids, w1=w1, w1_scale=w1_scale, w2=w2, w2_scale=w2_scale
+        check_fp8(
+            x, topk_weights, topk_ids, w1, w1_scale, w2, w2_scale, gated, interleaved, quantise, w3, w3_scale
         )
+        names = ("topk_weights", "topk_ids", "w1", "w1_scale", "w2", "w2_scale", "w3", "w3_scale")
+        check_device(x, **{name: t for name, t in zip(names, given[1:], strict=True) if t is not None})
         _check_kernels(kernels)
         kind.checked = True
     count, hidden, inter = w2.shape
     layout = ("interleaved" if interleaved else "concat") if gated else "single"
+    if w3 is not None and w3_scale is not None:
+        layout = "separate"
+        if w1_scale.stride() != w3_scale.stride():  # the kernels walk both with one set of strides
+            w1_scale, w3_scale = w1_scale.contiguous(), w3_scale.contiguous()
     operand, projection = kernel("operand", "Operand"), kernel("tile", "Projection")
     with on(x):
-        up = projection(operand((w1,)), inter, epilogue(activation, args, layout), scale=w1_scale)
+        second = None if w3 is None else operand((w3,))
+        up = projection(
+            operand((w1,)), inter, epilogue(activation, args, layout), second, scale=w1_scale, up_scale=w3_scale
+        )
         down = projection(operand((w2,)), hidden, scale=w2_scale)
         choice = _choice(kind, kernels, x, topk_ids, up, down, quantise, path)
         call = kind.kernels((choice.provider is not None, False)).call()
@@ -178,6 +189,8 @@ def refusals(
     failures = list(decide(rule, facts, TokenRange(x.shape[0], x.shape[0])).failed)
     if not quantise:
         failures.append(Failure("MC401", "the rows stay as they are, and DeepGEMM multiplies fp8 with fp8"))
+    if up.up is not None:
+        failures.append(Failure("MC403", "w1 and w3 are two tensors, and DeepGEMM takes one"))
     if x.dtype != torch.bfloat16:
         failures.append(Failure("MC401", f"hidden_states are {x.dtype}, and DeepGEMM writes bfloat16"))
     return failures
@@ -199,9 +212,13 @@ def experts_fp8_cpu(
     quantise: bool = True,
     kernels: str = "auto",
     out_dtype: torch.dtype | None = None,
+    w3: Tensor | None = None,
+    w3_scale: Tensor | None = None,
 ) -> Tensor:
     """The CPU implementation: one expert's weights are widened at a time, to float32 (float64 for such rows)."""
-    check_fp8(hidden_states, topk_weights, topk_ids, w1, w1_scale, w2, w2_scale, gated, interleaved)
+    check_fp8(
+        hidden_states, topk_weights, topk_ids, w1, w1_scale, w2, w2_scale, gated, interleaved, quantise, w3, w3_scale
+    )
     _check_kernels(kernels)
     if kernels == "deepgemm":
         raise KernelUnavailable("MC504", "the tensors are on the CPU, and DeepGEMM needs a CUDA device")
@@ -217,14 +234,21 @@ def experts_fp8_cpu(
         rows = _rounded(x[pair // top_k], quantise)
         if weight_on_input:
             rows = rows * weights[pair, None]
-        h = rows @ dequantize_blocks(w1[e], w1_scale[e], BLOCK, dtype).t()
+        h = _times(rows, w1[e], w1_scale[e])
         up: Tensor | None = None
-        if gated:
+        if w3 is not None and w3_scale is not None:
+            up = _times(rows, w3[e], w3_scale[e])
+        elif gated:
             h, up = (h[:, 0::2], h[:, 1::2]) if interleaved else h.chunk(2, dim=-1)
-        y[pair] = _rounded(act(h, up), quantise) @ dequantize_blocks(w2[e], w2_scale[e], BLOCK, dtype).t()
+        y[pair] = _times(_rounded(act(h, up), quantise), w2[e], w2_scale[e])
     if not weight_on_input:
         y = torch.where((flat >= 0) & (flat < w2.shape[0]), weights, 0.0)[:, None] * y
     return y.view(-1, top_k, y.shape[1]).sum(1).to(out_dtype or hidden_states.dtype)
+
+
+def _times(rows: Tensor, w: Tensor, scale: Tensor) -> Tensor:
+    """``rows [n, in]`` times an expert's ``w [out, in]``, widened to their dtype."""
+    return rows @ dequantize_blocks(w, scale, block_of(w, scale), rows.dtype).t()
 
 
 def _rounded(rows: Tensor, quantise: bool) -> Tensor:

@@ -12,11 +12,12 @@ fresh tensors, and treat ids outside ``[0, E)`` as contributing exactly zero.
     ``activation_args`` are ``spec.Activation.name`` and ``.args()``; sums are accumulated in fp32 or better.
 
 ``experts_fp8``
-    ``experts`` with float8_e4m3fn weights ``w1 [E, 2I, H]`` (``[E, I, H]`` not gated) and ``w2 [E, H, I]`` that mean
-    ``w * scale``, one float32 scale per block of 128 x 128: ``w1_scale [E, ceil(rows/128), ceil(H/128)]``, ``w2_scale``
-    likewise. ``quantise``: the input of each GEMM is rounded to fp8 too, with a scale per row and 128 of the depth.
-    ``kernels``: ``triton``, or a rule of ``guards.RULES``, which sends a call to DeepGEMM where it holds, or
-    ``deepgemm``, which raises where it cannot run.
+    ``experts`` with float8_e4m3fn weights ``w1 [E, 2I, H]`` (``[E, I, H]`` not gated, or with an up projection ``w3`` of
+    its own) and ``w2 [E, H, I]`` that mean ``w * scale``, one float32 scale per block of 128 x 128: ``w1_scale [E,
+    ceil(rows/128), ceil(H/128)]``, ``w2_scale`` and ``w3_scale`` likewise, with any strides: one number ``expand``ed is a
+    scale per tensor. ``quantise``: the input of each GEMM is rounded to fp8 too, with a scale per row and 128 of the
+    depth. Without, ``[E, rows, 1]`` is a scale per output channel. ``kernels``: ``triton``, or a rule of
+    ``guards.RULES``, which sends a call to DeepGEMM where it holds, or ``deepgemm``, which raises where it cannot run.
 
 ``sort_pairs``
     ``topk_ids [T, K]`` -> ``order [P]`` int32, the flat pair numbers ``t*K + k`` sorted by expert and, within
@@ -59,7 +60,8 @@ SIGNATURES = {
     "bool weight_on_input=False, ScalarType? out_dtype=None) -> Tensor",
     "experts_fp8": "(Tensor hidden_states, Tensor topk_weights, Tensor topk_ids, Tensor w1, Tensor w1_scale, "
     "Tensor w2, Tensor w2_scale, str activation, float[] activation_args, bool gated, bool interleaved=False, "
-    "bool weight_on_input=False, bool quantise=True, str kernels='auto', ScalarType? out_dtype=None) -> Tensor",
+    "bool weight_on_input=False, bool quantise=True, str kernels='auto', ScalarType? out_dtype=None, "
+    "Tensor? w3=None, Tensor? w3_scale=None) -> Tensor",
     "sort_pairs": "(Tensor topk_ids, int num_experts) -> (Tensor, Tensor)",
     "grouped_linear": "(Tensor rows, Tensor[] weight, Tensor[] bias, Tensor offsets) -> Tensor",
     "combine": "(Tensor rows, Tensor order, Tensor offsets, Tensor? topk_weights, int top_k, "
@@ -120,6 +122,8 @@ def _experts_fp8(
     quantise: bool = True,
     kernels: str = "auto",
     out_dtype: torch.dtype | None = None,
+    w3: Tensor | None = None,
+    w3_scale: Tensor | None = None,
 ) -> Tensor:
     return hidden_states.new_empty(hidden_states.shape[0], w2.shape[1], dtype=out_dtype or hidden_states.dtype)
 

@@ -62,30 +62,53 @@ def check_fp8(
     w2_scale: Tensor,
     gated: bool,
     interleaved: bool,
+    quantise: bool,
+    w3: Tensor | None = None,
+    w3_scale: Tensor | None = None,
 ) -> None:
     """Check every argument of ``experts_fp8``."""
     _rows_and_router(hidden_states, topk_weights, topk_ids)
     if interleaved and not gated:
         raise ValueError("interleaved belongs to gated activations; pass gated=True or drop it")
-    for name, weight in (("w1", w1), ("w2", w2)):
+    if (w3 is None) != (w3_scale is None) or (w3 is not None and (interleaved or not gated)):
+        raise ValueError("w3 and w3_scale go together, with a gated activation and no interleaved rows")
+    up = [] if w3 is None or w3_scale is None else [("w3", w3, w3_scale)]
+    roles = [("w1", w1, w1_scale), *up, ("w2", w2, w2_scale)]
+    for name, weight, _ in roles:
         _dims(name, weight, ("E", "out", "in"))
         if weight.dtype != FP8:
             raise TypeError(f"{name} is {weight.dtype}, expected {FP8}; quantise it by moe_compile.quantize_blocks")
     experts, hidden, inner = w2.shape
-    first = (experts, (2 if gated else 1) * inner, hidden_states.shape[1])
+    first = (experts, (2 if gated and not up else 1) * inner, hidden_states.shape[1])
     if tuple(w1.shape) != first or hidden != hidden_states.shape[1]:
         raise ValueError(
             f"w1 {_shape(w1)} and w2 {_shape(w2)} do not fit hidden_states {_shape(hidden_states)}: with w2 "
             f"[E, H, I] w1 is {list(first)} and H is {hidden_states.shape[1]}"
         )
-    for name, scale, weight in (("w1_scale", w1_scale, w1), ("w2_scale", w2_scale, w2)):
+    for name, weight, scale in roles:
+        if name == "w3" and tuple(weight.shape) != first:
+            raise ValueError(f"w3 is {_shape(weight)}, expected {list(first)}, as w1")
         expected = [experts, *(-(-size // block) for size, block in zip(weight.shape[1:], BLOCK, strict=True))]
-        if _shape(scale) != expected:
+        channels = [experts, weight.shape[1], 1]
+        if _shape(scale) != expected and (quantise or _shape(scale) != channels):
+            per_channel = "" if quantise else f", or {channels}: one per output channel"
             raise ValueError(
-                f"{name} is {_shape(scale)}, expected {expected}: one scale per block of {BLOCK[0]} x {BLOCK[1]}"
+                f"{name}_scale is {_shape(scale)}, expected {expected}: one scale per block of "
+                f"{BLOCK[0]} x {BLOCK[1]}{per_channel}"
             )
         if scale.dtype != torch.float32:
-            raise TypeError(f"{name} is {scale.dtype}, expected float32; use {name}.float()")
+            raise TypeError(f"{name}_scale is {scale.dtype}, expected float32; use {name}_scale.float()")
+    for _, _, scale in up:
+        if scale.shape != w1_scale.shape:
+            raise ValueError(f"w3_scale is {_shape(scale)} and w1_scale {_shape(w1_scale)}: both per block or channel")
+
+
+def block_of(weight: Tensor, scale: Tensor) -> tuple[int, int]:
+    """``(out, in)`` features that share a scale: a checked ``[E, out, 1]`` is one per output channel.
+
+    It is one per block as well only where a block is a channel.
+    """
+    return (1, weight.shape[-1]) if scale.shape[-2] == weight.shape[-2] else BLOCK
 
 
 def check_ids(topk_ids: Tensor) -> None:

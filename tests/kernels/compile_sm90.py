@@ -60,6 +60,10 @@ CASES: dict[str, dict[str, Any]] = {
     "fp8-halves": {"T": 1024, "shape": (32, 4, 2880, 2880), "fp8": "w8a8"},  # the up half starts inside a block
     "fp8-prefill": {"T": 4096, "shape": (8, 2, 4096, 14336), "fp8": "w8a8"},
     "w8a16-decode": {"T": 64, "shape": (128, 8, 2048, 768), "fp8": "w8a16"},
+    "w8a16-channel": {"T": 2, "shape": (128, 8, 2048, 768), "fp8": "w8a16", "scales": "channel"},
+    "w8a16-channel-sorted": {"T": 4096, "shape": (8, 2, 4096, 14336), "fp8": "w8a16", "scales": "channel"},
+    "w8a16-tensor": {"T": 1, "shape": (128, 8, 2048, 768), "layout": "separate", "fp8": "w8a16", "scales": "tensor"},
+    "w8a16-apart": {"T": 4096, "shape": (8, 2, 4096, 14336), "layout": "separate", "fp8": "w8a16"},
     "fp32-gemv": {"T": 1, "shape": (8, 2, 1024, 2048), "args": GPT_OSS, "dtype": torch.float32},
     "fp32-decode": {"T": 16, "shape": (8, 2, 1024, 2048), "dtype": torch.float32},
     "fp32-sorted": {"T": 300, "shape": (8, 2, 1024, 2048), "dtype": torch.float32},
@@ -104,6 +108,7 @@ def layer(
     args: tuple[float, float, float, float, float] = SILU,
     dtype: torch.dtype = torch.bfloat16,
     fp8: str = "",
+    scales: str = "block",
 ) -> None:
     E, K, H, I = shape
 
@@ -124,11 +129,17 @@ def layer(
         experts.run(empty(T, H), weights, ids, E, up, down)
         return
 
-    def scaled(*size: int, **rest: Any) -> Projection:
-        scale = empty(E, *(-(-n // 128) for n in size), dtype=torch.float32)
-        return Projection(Operand([empty(E, *size, dtype=torch.float8_e4m3fn)]), scale=scale, **rest)
+    def scaled(*size: int, apart: bool = False, **rest: Any) -> Projection:
+        many = [size[0], 1] if scales == "channel" else [-(-n // 128) for n in size]
+        scale = empty(E, *many, dtype=torch.float32)
+        if scales == "tensor":
+            scale = empty(E, 1, 1, dtype=torch.float32).expand(E, *many)
+        w = Operand([empty(E, *size, dtype=torch.float8_e4m3fn)])
+        if apart:
+            rest |= {"up": w, "up_scale": scale}
+        return Projection(w, scale=scale, **rest)
 
-    up = scaled(rows, H, columns=I, epilogue=Epilogue("silu", args, layout))
+    up = scaled(rows, H, apart=layout == "separate", columns=I, epilogue=Epilogue("silu", args, layout))
     down = scaled(H, I, columns=H)
     plan = scaled_experts.plan_scaled(ids, E, up, down, fp8 == "w8a8", 2)
     scaled_experts.follow_scaled(plan, empty(T, H), weights, ids, E, up, down, fp8 == "w8a8", False, None)

@@ -11,7 +11,7 @@ from moe_compile.kernels.activation import Epilogue
 from moe_compile.kernels.operand import Operand, make_operand
 from moe_compile.kernels.scaled import GROUP
 from moe_compile.kernels.tile import Projection
-from moe_compile.quantize import dequantize_blocks, quantize_blocks
+from moe_compile.quantize import BLOCK, dequantize_blocks, quantize_blocks
 from moe_compile.spec import Activation, Experts, MoE, Weight
 
 
@@ -125,7 +125,23 @@ def _blocks(w: Tensor) -> tuple[Tensor, Tensor]:
     return quantize_blocks(w * dequantize_blocks(torch.ones_like(w), factor))
 
 
-def quantised(layer: Layer) -> tuple[Projection, Projection]:
+def _channels(w: Tensor) -> tuple[Tensor, Tensor]:
+    """``w [E, rows, depth]`` as fp8 with a scale ``[E, rows, 1]`` per output channel, far apart."""
+    factor = torch.exp2(torch.arange(w.shape[0] * w.shape[1], device=w.device) % 5 - 10).view(w.shape[0], -1, 1)
+    return (w / 2**-10).to(torch.float8_e4m3fn), factor
+
+
+def _tensors(w: Tensor) -> tuple[Tensor, Tensor]:
+    """``w [E, rows, depth]`` as fp8 with a scale per expert, as blocks that all read one number."""
+    e, rows, depth = w.shape
+    factor = torch.exp2(torch.arange(e, device=w.device) % 5 - 10.0).view(e, 1, 1)
+    return (w / 2**-10).to(torch.float8_e4m3fn), factor.expand(e, -(-rows // GROUP), -(-depth // GROUP))
+
+
+SCALES = {"block": _blocks, "channel": _channels, "tensor": _tensors}
+
+
+def quantised(layer: Layer, scales: str = "block") -> tuple[Projection, Projection]:
     """The operands of the layer in fp8; the layer itself gets the weights that they stand for."""
     up, down = layer.projections()
     out = []
@@ -135,8 +151,9 @@ def quantised(layer: Layer) -> tuple[Projection, Projection]:
             if role is None:
                 roles.append((None, None))
                 continue
-            q, scale = _blocks(role.first.float())
-            setattr(layer, name, [dequantize_blocks(q, scale)])
+            q, scale = SCALES[scales](role.first.float())
+            block = (1, q.shape[2]) if scales == "channel" else BLOCK
+            setattr(layer, name, [dequantize_blocks(q, scale, block)])
             roles.append((Operand((q,)), scale))
         (w, scale), (value, up_scale) = roles[0], roles[1] if len(roles) > 1 else (None, None)
         biases = projection.b, projection.b_up

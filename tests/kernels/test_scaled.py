@@ -26,9 +26,9 @@ GPT_OSS = Activation("silu", alpha=1.702, gate_limit=0.7, up_limit=0.7, up_offse
 PATHS = ("gemv", "decode", "sorted")
 
 
-def check(path: str, quantise: bool, plan: Plan | None = None, **form: Any) -> None:
+def check(path: str, quantise: bool, plan: Plan | None = None, scales: str = "block", **form: Any) -> None:
     layer = Layer(**{"T": 3, "E": 4, "K": 2, "H": 320, "I": 192, **form})
-    up, down = quantised(layer)
+    up, down = quantised(layer, scales)
     chosen = plan or plan_scaled(layer.ids, layer.E, up, down, quantise, 4, path)
     assert chosen.path == path
     args = (layer.x, layer.weights, layer.ids, layer.E, up, down, quantise, layer.weight_on_input)
@@ -65,6 +65,38 @@ def test_layouts(path: str, quantise: bool, layout: str) -> None:
 @pytest.mark.parametrize(("H", "I"), [(128, 128), (256, 64), (136, 72), (64, 200), (40, 24)])
 def test_odd_sizes(path: str, quantise: bool, H: int, I: int) -> None:
     check(path, quantise, H=H, I=I, T=2)
+
+
+@pytest.mark.parametrize("layout", ["concat", "interleaved", "separate", "single"])
+@pytest.mark.parametrize(("scales", "path"), [("tensor", p) for p in PATHS] + [("channel", p) for p in PATHS[1:]])
+def test_scales_per_tensor_and_per_channel(scales: str, path: str, layout: str) -> None:
+    act = Activation("relu2", gated=False) if layout == "single" else GPT_OSS
+    for H, I in ((320, 192), (256, 128), (136, 72)):
+        check(path, False, scales=scales, activation=act, layout=layout, bias=True, H=H, I=I, T=2)
+
+
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize("scales", ["tensor", "channel"])
+def test_tiles_with_other_scales(scales: str, swap: bool) -> None:
+    tiles = Tiles(16, 64, 128, 4, 2, swap, 1)
+    check("decode", False, Plan("decode", tiles, tiles), scales, T=30, E=3, transposed=True)
+    check("sorted", False, Plan("sorted", tiles, tiles), scales, T=30, E=3)
+
+
+def test_a_scale_per_channel_has_no_matrix_vector_kernel() -> None:
+    layer = Layer(T=1, E=4, K=2, H=320, I=192)
+    up, down = quantised(layer, "channel")
+    assert plan_scaled(layer.ids, layer.E, up, down, False, 4).path == "decode"
+    assert plan_scaled(layer.ids, layer.E, *quantised(layer, "tensor"), False, 4).path == "gemv"
+    plan = plan_scaled(layer.ids, layer.E, up, down, False, 4, "gemv")
+    with pytest.raises(ValueError, match="no matrix-vector kernel"):
+        follow_scaled(plan, layer.x, layer.weights, layer.ids, layer.E, up, down, False, False, None)
+
+
+def test_one_row_per_expert_is_one_block() -> None:
+    """``[E, 1, 1]`` is a scale per channel and per block at once."""
+    for path in PATHS:
+        check(path, False, T=2, H=40, I=1, activation=Activation("relu2", gated=False), layout="single", scales="tensor")
 
 
 @pytest.mark.parametrize("quantise", [False, True])
