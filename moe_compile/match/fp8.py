@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from ..canonical import PLAIN_TENSORS, shape_of, tensor_inputs, value
-from ..quantize import BLOCK, FP8
+from ..quantize import BLOCK
 from ..spec import Scale
 from .facts import Leaf, Scales, Slot, Val, refuse
 from .nodes import is_fp8
@@ -70,7 +70,7 @@ def check_fp8(val: Val, maps: Sequence[tuple[Slot, Slot | None]], node: fx.Node)
         other = next(value(s.weight.leaf.node).dtype for s in slots if s not in fp8)
         raise refuse("MC408", f"one projection is fp8 and another is {other}", node)
     for slot in fp8:
-        _check_weight(slot, val)
+        _check_weight(slot, val, node)
     first, *others = [_kind(slot) for slot in fp8[:-1]]
     if any(kind != first for kind in others):
         raise refuse("MC408", f"gate and up are scaled per {first} and per {others[0]}", node)
@@ -84,13 +84,11 @@ def check_fp8(val: Val, maps: Sequence[tuple[Slot, Slot | None]], node: fx.Node)
     return True
 
 
-def _check_weight(slot: Slot, val: Val) -> None:
+def _check_weight(slot: Slot, val: Val, node: fx.Node) -> None:
     weight, scales = slot.weight, slot.weight.scales
     stored = value(weight.leaf.node)
     if weight.leaves or weight.source == "one":
         raise refuse("MC408", "the fp8 weight of each expert is its own tensor", weight.leaf.node)
-    if stored.dtype is not FP8:
-        raise refuse("MC408", f"weights are {stored.dtype}, the op takes {FP8}", weight.leaf.node)
     if scales is None:
         raise refuse("MC408", "fp8 weights are multiplied as they are, without a scale", weight.leaf.node)
     rows = value(val.x.node).dtype
@@ -105,25 +103,28 @@ def _check_weight(slot: Slot, val: Val) -> None:
     if tensor.device != stored.device and tensor.dim():
         raise refuse("MC401", f"scales are on {tensor.device}, the weights on {stored.device}", scales.leaf.node)
     if not _kind(slot):
-        text = " x ".join("all" if block is None else str(block) for block in _blocks(slot))
-        known = f"{BLOCK[0]} x {BLOCK[1]}, per output channel or per tensor"
-        raise refuse("MC408", f"{text} features (out x in) share a scale; the op takes {known}", weight.leaf.node)
+        raise refuse("MC408", "each input feature of fp8 weights has its scale, and the op takes one per output", node)
 
 
-def _blocks(slot: Slot) -> list[int | None]:
-    """How many neighbours along ``out`` and ``in`` share a scale; None: all."""
-    scales = slot.weight.scales
-    assert scales is not None
-    given = [None if axis is None else block for axis, block in zip(scales.axes[1:], scales.blocks, strict=True)]
-    return given[::-1] if slot.transposed else given
+def shared(scales: Scales) -> list[int | None]:
+    """How many neighbours along ``w0`` and along ``w1`` share a scale; None: all."""
+    return [None if axis is None else block for axis, block in zip(scales.axes[1:], scales.blocks, strict=True)]
 
 
-def _kind(slot: Slot) -> str:
-    """``block``, of which one per tensor is a special case, or ``channel``; "" for what the op does not take."""
-    given = _blocks(slot)
+def kind_of(given: list[int | None]) -> str:
+    """``block``, of which one per tensor is a special case, or ``channel``; "" for what the op does not take.
+
+    ``given``: how many neighbours along ``out`` and ``in`` share a scale.
+    """
     if all(block in (None, size) for block, size in zip(given, BLOCK, strict=True)):
         return "block"
     return "channel" if given == [1, None] else ""
+
+
+def _kind(slot: Slot) -> str:
+    scales = slot.weight.scales
+    given = [] if scales is None else shared(scales)
+    return kind_of(given[::-1] if slot.transposed else given)
 
 
 def _check_device(device: torch.device, node: fx.Node) -> None:

@@ -16,8 +16,10 @@ import torch
 from torch import fx
 
 from ..canonical import shape_of, value
+from ..quantize import BLOCK, FP8
 from .engine import Engine, Rules
 from .facts import Leaf, Scales, SortedIds, Wt, refuse
+from .fp8 import kind_of, shared
 from .labels import Atom, Dim, Dims, regroup, same, size_of
 from .nodes import FLOATS, argument, aten, is_fp8, normal_dim
 from .routing import ids_dims
@@ -296,12 +298,21 @@ def _times(engine: Engine, node: fx.Node) -> Wt | None:
         fact = stored(engine, weight)
         if fact is None:
             continue
+        dtype = value(fact.leaf.node).dtype
+        if dtype is not FP8:
+            raise refuse("MC408", f"weights are {dtype}, the op takes {FP8}", node)
         if fact.scales is not None:
             raise refuse("MC408", f"fp8 weights are multiplied twice, the second time by {other}", node)
         found = spread(engine, other) if isinstance(other, fx.Node) else None
         if found is None or len(found.pieces) > len(fact.dims):
             raise refuse("MC408", f"fp8 weights are multiplied by {other}, which is not read as their scales", node)
-        return replace(fact, scales=_scales(engine, fact, found, node))
+        scales = _scales(engine, fact, found, node)
+        given = shared(scales)
+        if not (kind_of(given) or kind_of(given[::-1])):  # which dimension is ``out`` shows in the linear map
+            text = " x ".join("all" if block is None else str(block) for block in given)
+            known = f"{BLOCK[0]} x {BLOCK[1]}, per output channel or per tensor"
+            raise refuse("MC408", f"{text} features of fp8 weights share a scale; the op takes {known}", node)
+        return replace(fact, scales=scales)
     return None
 
 
