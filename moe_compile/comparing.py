@@ -134,7 +134,7 @@ def wobble(model: nn.Module, number: int) -> None:
     generator = torch.Generator().manual_seed(SEED + number)
     with torch.no_grad():
         for p in model.parameters():
-            if p.is_floating_point():
+            if p.is_floating_point() and p.element_size() > 1:  # fp8 numbers are what they are: a code, not a rounding
                 noise = torch.rand(p.shape, generator=generator).to(p.device) * 2 - 1
                 p.copy_((p.double() * (1 + torch.finfo(p.dtype).eps * noise)).to(p.dtype))
 

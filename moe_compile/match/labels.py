@@ -115,7 +115,7 @@ def regroup(dims: Dims, shape: Sequence[Any]) -> Dims | None:
 
 
 def joined(dim: Dim) -> Dim:
-    """A dimension of a weight that was cut into blocks, once they lie side by side again: ``w0o``, ``w0i`` -> ``w0``."""
+    """A weight's dimension that was cut into blocks, once they lie side by side again: ``w0o``, ``w0i`` -> ``w0``."""
     if len(dim) == 2 and [a.name for a in dim] in (["w0o", "w0i"], ["w1o", "w1i"]):
         return (Atom(dim[0].name[:2], dim[0].size * dim[1].size),)
     return dim

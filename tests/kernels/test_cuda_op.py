@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from layers import Layer, relative_error
+from layers import Layer, quantised, relative_error
 
 from moe_compile.kernels import config, experts, operand, tuned
-from moe_compile.ops import calls, cuda, tables
+from moe_compile.ops import calls, cuda, fp8, tables
 from moe_compile.spec import Activation
 
 
@@ -121,3 +121,33 @@ def test_missing_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="pip install triton"):
         cuda.experts(*Layer().op_args())  # type: ignore[arg-type]
     calls.kernel.cache_clear()
+
+
+@pytest.mark.parametrize("path", ["decode", "sorted"])
+@pytest.mark.parametrize("scales", ["tensor", "channel", "block"])
+@pytest.mark.parametrize("layout", ["concat", "separate"])
+def test_fp8_against_float64(monkeypatch: pytest.MonkeyPatch, layout: str, scales: str, path: str) -> None:
+    """Gate and up in one tensor or two, whose scales may lie differently in memory."""
+    monkeypatch.setattr(fp8, "on", lambda x: nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    layer = Layer(5, 3, 2, 256, 192, Activation("gelu"), layout, routing="sentinels")
+    up, down = quantised(layer, scales)
+    scale, up_scale = up.scale, up.up_scale
+    assert scale is not None and down.scale is not None
+    apart: dict[str, Any] = {}
+    if up.up is not None and up_scale is not None:
+        turned = up_scale.contiguous().mT.contiguous().mT
+        assert scales == "channel" or turned.stride() != scale.stride()
+        apart = {"w3": up.up.first, "w3_scale": turned}
+    out = fp8.experts_fp8(
+        layer.x, layer.weights, layer.ids, up.w.first, scale, down.w.first, down.scale, "gelu",
+        layer.activation.args(), True, quantise=False, path=path, **apart,
+    )  # fmt: skip
+    assert relative_error(out, layer.truth()) < 3e-6
+
+
+def test_fp8_in_two_tensors_is_not_for_deepgemm() -> None:
+    layer = Layer(5, 3, 2, 256, 256, layout="separate", dtype=torch.bfloat16)
+    up, down = quantised(layer)
+    codes = [f.code for f in fp8.refusals("auto", layer.x, layer.ids, up, down, True, None)]
+    assert codes == ["MC505", "MC403"]

@@ -75,6 +75,78 @@ def test_against_float64(form: str, on_input: bool, quantise: bool) -> None:
     assert bool((ours[nobody] == 0).all())
 
 
+def scaled_otherwise(a: dict[str, Any], kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arguments with other scales, and those of blocks that mean the same."""
+    other, same = dict(a), dict(a)
+    for name in ("w1", "w2"):
+        w, g = a[name], torch.Generator().manual_seed(7)
+        blocks = a[f"{name}_scale"].shape
+        if kind == "tensor":
+            scale = (torch.rand(E, 1, 1, generator=g) + 0.5) / 448
+            other[f"{name}_scale"], same[f"{name}_scale"] = scale.expand(blocks), scale.expand(blocks).contiguous()
+        else:  # powers of two, which fp8 holds: the same numbers in blocks of scale one
+            scale = torch.exp2(torch.randint(-3, 1, (E, w.shape[1], 1), generator=g).float())
+            small = (w.float() / 8).to(w.dtype)
+            other[name], other[f"{name}_scale"] = small, scale
+            same[name] = dequantize_blocks(small, scale, (1, w.shape[2]))
+            same[f"{name}_scale"] = torch.ones(blocks)
+    return other, same
+
+
+@pytest.mark.parametrize("kind", ["tensor", "channel"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_scales_per_tensor_and_per_channel(kind: str, gated: bool) -> None:
+    act = Activation("relu2", gated=False) if not gated else Activation()
+    a, same = scaled_otherwise(draw(gated=gated), kind)
+    ours = call(a, act, quantise=False)
+    wide = {**same, **{n: same[n].float() for n in ("w1", "w2")}}
+    w1, w2 = (dequantize_blocks(wide[n], wide[f"{n}_scale"], dtype=torch.float64) for n in ("w1", "w2"))
+    plain = torch.ops.moe_compile.experts(
+        a["hidden_states"].double(), a["topk_weights"], a["topk_ids"], [w1], [], [w2], [], [], [], act.name, act.args(),
+        gated,
+    )  # fmt: skip
+    assert error(ours, plain) < 1e-6
+
+
+@pytest.mark.parametrize("quantise", [False, True])
+@pytest.mark.parametrize("kind", ["block", "channel"])
+def test_up_in_a_tensor_of_its_own(kind: str, quantise: bool) -> None:
+    if quantise and kind == "channel":
+        pytest.skip("scales per channel are for rows that stay as they are")
+    a = draw()
+    fused, _ = (a, a) if kind == "block" else scaled_otherwise(a, "channel")
+    half = 256 if kind == "block" else I  # a half that starts on a block
+    g = torch.Generator().manual_seed(1)
+    if kind == "block":
+        w1, s1 = quantize_blocks(torch.randn(E, 2 * half, H, generator=g) / H**0.5)
+        w2, s2 = quantize_blocks(torch.randn(E, H, half, generator=g) / half**0.5)
+        fused = {**a, "w1": w1, "w1_scale": s1, "w2": w2, "w2_scale": s2}
+    apart = dict(fused)
+    apart["w1"], w3 = fused["w1"].chunk(2, 1)
+    apart["w1_scale"], w3_scale = fused["w1_scale"].chunk(2, 1)
+    ours = call(apart, quantise=quantise, w3=w3, w3_scale=w3_scale)
+    assert torch.equal(ours, call(fused, quantise=quantise)) or error(ours, call(fused, quantise=quantise)) < 1e-6
+
+
+def test_bad_scales() -> None:
+    a, channel = draw(), scaled_otherwise(draw(), "channel")[0]
+    with pytest.raises(ValueError, match=r"w1_scale is \[5, 384, 1\], expected \[5, 3, 3\]: one scale per block"):
+        call(channel)
+    with pytest.raises(ValueError, match=r"expected \[5, 3, 3\].*or \[5, 384, 1\]: one per output channel"):
+        call({**channel, "w1_scale": channel["w1_scale"][:, :5]}, quantise=False)
+    w3, s3 = a["w1"][:, :I], torch.ones(E, 2, 3)
+    for rest in ({"w3": w3}, {"w3_scale": s3}, {"w3": w3, "w3_scale": s3, "interleaved": True}):
+        with pytest.raises(ValueError, match="w3 and w3_scale go together"):
+            call(a, **rest)
+    with pytest.raises(ValueError, match="w3 and w3_scale go together"):
+        call(draw(gated=False), Activation(gated=False), w3=w3, w3_scale=s3)
+    half = {**a, "w1": a["w1"][:, :I], "w1_scale": torch.ones(E, 2, 3)}
+    with pytest.raises(ValueError, match=r"w3 is \[5, 100, 320\], expected \[5, 192, 320\], as w1"):
+        call(half, w3=w3[:, :100], w3_scale=torch.ones(E, 1, 3))
+    with pytest.raises(ValueError, match="both per block or channel"):
+        call(half, w3=w3, w3_scale=torch.ones(E, I, 1), quantise=False)
+
+
 def test_quantised_rows_differ_by_the_rounding_alone() -> None:
     a = draw(seed=3)
     plain, quantised = call(a, quantise=False), call(a)

@@ -62,6 +62,7 @@ WAYS: dict[str, tuple[str, Any]] = {
     "rows": ("rows", lambda w, s, dtype: w.to(dtype) * s.repeat_interleave(128, -2)[..., : w.shape[-2], :]),
 }  # fmt: skip
 WHOLE = ("block-tiles", "block-copies")  # these need whole blocks
+FEW = ("tensor", "shared", "channel-flat", "block", "block-tiles")
 
 
 class Fp8(Layer):
@@ -234,9 +235,11 @@ def check(layer: Any, x: Tensor) -> Any:
     return outcome
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("form", FORMS, ids=lambda f: f.__name__)
-def test_every_way_in_every_form(form: Any, way: str) -> None:
+@pytest.mark.parametrize(
+    ("form", "way"),
+    [pytest.param(form, way, id=f"{form.__name__}-{way}") for form in FORMS for way in (WAYS if form is Loop else FEW)],
+)
+def test_every_way_and_every_form(form: Any, way: str) -> None:
     layer = build(form, way=way)
     check(layer, tokens(layer))
 
@@ -325,6 +328,47 @@ class Sliced(Loop):
     def row(self, name: str, e: int, x: Tensor) -> Tensor:
         s = getattr(self, f"s{name}")
         return self.wide(getattr(self, f"w{name}")[e : e + 1], s[e : e + 1], x)[0]
+
+
+class ScaledOutputs(Loop):
+    """The scales multiply what the linear maps give."""
+
+    def scaled(self, x: Tensor, name: str, e: int) -> Tensor:
+        s = getattr(self, f"s{name}")[e]
+        return F.linear(x, getattr(self, f"w{name}")[e].to(x.dtype)) * (s.squeeze(-1) if s.dim() == 2 else s)
+
+    def expert(self, x: Tensor, e: int) -> Tensor:
+        gate, up = self.scaled(x, "1", e).chunk(2, dim=-1)
+        return self.scaled(F.silu(gate) * up, "2", e)
+
+
+class ScaledEvery(Every):
+    """The same for all experts at once, and for gathered weights (below)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.router(x)
+        s1, s2 = (s.view(self.experts, 1, -1) for s in (self.s1, self.s2))
+        h = torch.einsum("th,eoh->eto", x, self.w1.to(x.dtype)) * s1
+        gate, up = h.chunk(2, -1)
+        y = s2 * torch.einsum("eti,ehi->eth", F.silu(gate) * up, self.w2.to(x.dtype))
+        combine = torch.zeros(len(x), self.experts, dtype=w.dtype).scatter(1, ids, w)
+        return (y * combine.t()[..., None]).sum(0)
+
+
+class ScaledGather(Gather):
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.router(x)
+        s1, s2 = (s[ids].view(*ids.shape, -1) for s in (self.s1, self.s2))
+        gate, up = (torch.einsum("th,tkoh->tko", x, self.w1[ids].to(x.dtype)) * s1).chunk(2, -1)
+        y = torch.einsum("tki,tkhi->tkh", F.silu(gate) * up, self.w2[ids].to(x.dtype)) * s2
+        return torch.einsum("tkh,tk->th", y, w)
+
+
+@pytest.mark.parametrize("way", ["tensor", "channel", "channel-flat"])
+@pytest.mark.parametrize("form", [ScaledOutputs, ScaledEvery, ScaledGather], ids=lambda f: f.__name__)
+def test_scales_of_the_outputs(form: Any, way: str) -> None:
+    layer = build(form, way=way)
+    check(layer, tokens(layer))
 
 
 OTHERS = (Turned, UpFirst, CutWeights, Lanes, NoGate, Zipped, OnInput)
@@ -681,6 +725,45 @@ class Separate(Near):
 
     def row(self, name: str, e: int, x: Tensor) -> Tensor:
         return self.wide(getattr(self, f"w{name}")[e], getattr(self, f"s{name}")[e], x)
+
+
+class OutputsOfAnother(Near):
+    """The outputs are multiplied by the scale of another expert, so the sum ends with expert 0."""
+
+    code, said = "MC210", "reads the sum of the experts so far"
+
+    def __init__(self) -> None:
+        super().__init__(way="tensor")
+
+    def expert(self, x: Tensor, e: int) -> Tensor:
+        gate, up = (F.linear(x, self.w1[e].to(x.dtype)) * self.s1[0 if e == 1 else e]).chunk(2, -1)
+        return F.linear(F.silu(gate) * up, self.row("2", e, x))
+
+
+class HalfOfTheOutputs(Near):
+    """Only the gate is scaled: up has no scale."""
+
+    code, said = "MC408", "multiplied as they are, without a scale"
+
+    def __init__(self) -> None:
+        super().__init__(way="tensor", separate=True)
+
+    def expert(self, x: Tensor, e: int) -> Tensor:
+        gate, up = (F.linear(x, w[e].to(x.dtype)) for w in (self.w1, self.w3))
+        return F.linear(F.silu(gate * self.s1[e]) * up, self.row("2", e, x))
+
+
+class GateTwice(Near):
+    """One weight, scaled in one place and not in the other."""
+
+    code, said = "MC408", "multiplied as they are, without a scale"
+
+    def __init__(self) -> None:
+        super().__init__(way="tensor", separate=True)
+
+    def expert(self, x: Tensor, e: int) -> Tensor:
+        gate = F.linear(x, self.w1[e].to(x.dtype))
+        return F.linear(F.silu(gate * self.s1[e]) * gate, self.row("2", e, x))
 
 
 NEAR = [c for c in Near.__subclasses__()]
