@@ -35,6 +35,28 @@ LEFT = """
 
 The original runs, and `explain` names the line and the edit. The rows are what `explain` says of each example.
 """
+FP8 = """
+## Weights in fp8
+
+Each of these forms may keep its weights as stacked float8_e4m3fn tensors and widen them before it multiplies, an expert
+at a time, gathered by the ids, or the whole stack at once. The layer then becomes one call of `experts_fp8`, which
+widens them in the kernel: rows stay as they are, sums are in float32. Every line below was compiled on weights
+`[E, out, in]`.
+
+| scales | as written |
+|---|---|
+| one per tensor, `[E]` or one for all | `self.w1[e].to(x.dtype) * self.w1_scale[e]` |
+| one per output channel, `[E, out, 1]` or `[E, out]` | `(self.w1[e].float() * self.w1_scale[e][:, None]).to(x.dtype)` |
+| the same on the outputs | `F.linear(x, self.w1[e].to(x.dtype)) * self.w1_scale[e]` |
+| one per block of 128 x 128, `[E, out / 128, in / 128]` rounded up | \
+`w * s.repeat_interleave(128, 0).repeat_interleave(128, 1)[:out, :in]` |
+| the same by a view | `(w.view(out // 128, 128, in // 128, 128) * s[:, None, :, None]).view(out, in)` |
+
+What must hold is proved: the scale is taken at the same expert as the weight, its blocks are whole, neither is written
+meanwhile, all projections are fp8, and the widened weight has the dtype of the rows. Else the original stays, with
+[MC408](refusals.md): also for float8_e5m2, for a tensor per expert, and for other blocks. A whole stack that is widened
+in an unknown way is a plain weight for the op of plain weights, as the program keeps it anyway.
+"""
 HUGGING_FACE = """
 ## Hugging Face models
 
@@ -105,6 +127,7 @@ def page(known: dict[str, dict[str, str]]) -> str:
         "\nWhatever else differs from the meaning of an MoE layer in one fact is left alone too: "
         "[refusals.md](refusals.md) lists the facts."
     )
+    lines.append(FP8)
     lines.append(HUGGING_FACE + "\n## Source of the examples\n")
     for form in FORMS:
         lines.append(f"### {name_of(form)}\n\n{(form.__doc__ or '').strip().splitlines()[0]}\n")

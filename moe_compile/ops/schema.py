@@ -12,12 +12,12 @@ fresh tensors, and treat ids outside ``[0, E)`` as contributing exactly zero.
     ``activation_args`` are ``spec.Activation.name`` and ``.args()``; sums are accumulated in fp32 or better.
 
 ``experts_fp8``
-    ``experts`` with float8_e4m3fn weights ``w1 [E, 2I, H]`` (``[E, I, H]`` not gated, or with an up projection ``w3`` of
-    its own) and ``w2 [E, H, I]`` that mean ``w * scale``, one float32 scale per block of 128 x 128: ``w1_scale [E,
-    ceil(rows/128), ceil(H/128)]``, ``w2_scale`` and ``w3_scale`` likewise, with any strides: one number ``expand``ed is a
-    scale per tensor. ``quantise``: the input of each GEMM is rounded to fp8 too, with a scale per row and 128 of the
-    depth. Without, ``[E, rows, 1]`` is a scale per output channel. ``kernels``: ``triton``, or a rule of
-    ``guards.RULES``, which sends a call to DeepGEMM where it holds, or ``deepgemm``, which raises where it cannot run.
+    ``experts`` with float8_e4m3fn weights ``w1 [E, 2I, H]`` (``[E, I, H]`` not gated, or with an up projection ``w3``
+    of its own) and ``w2 [E, H, I]`` that mean ``w * scale``, one float32 scale per block of 128 x 128: ``w1_scale [E,
+    ceil(rows/128), ceil(H/128)]``, the others likewise, with any strides: one number ``expand``ed is a scale per
+    tensor. ``quantise``: the input of each GEMM is rounded to fp8 too, with a scale per row and 128 of the depth.
+    Without, ``[E, rows, 1]`` is a scale per output channel. ``kernels``: ``triton``, or a rule of ``guards.RULES``,
+    which sends a call to DeepGEMM where it holds, or ``deepgemm``, which raises where it cannot run.
 
 ``sort_pairs``
     ``topk_ids [T, K]`` -> ``order [P]`` int32, the flat pair numbers ``t*K + k`` sorted by expert and, within

@@ -117,12 +117,14 @@ def fp8(checks: Checks) -> None:
     """Weights in fp8 with scales, and what lies around DeepGEMM."""
     for form in ({}, {"layout": "interleaved", "bias": True}, {"H": 200, "I": 72, "routing": "sentinels"}):
         for path, tokens in (("gemv", 2), ("decode", 19), ("sorted", 40), ("sorted", 150)):
-            for quantise in (True, False):
+            for quantise, scales in ((True, "block"), (False, "block"), (False, "tensor"), (False, "channel")):
+                if scales == "channel" and path == "gemv":
+                    continue
                 layer = case(tokens, **form)
-                up, down = quantised(layer)
+                up, down = quantised(layer, scales)
                 plan = plan_scaled(layer.ids, layer.E, up, down, quantise, 2, path)
                 args = (layer.x, layer.weights, layer.ids, layer.E, up, down, quantise, False)
-                label = f"fp8 {form}, path {path}, T {tokens}, rows {'fp8' if quantise else 'bf16'}"
+                label = f"fp8 {form}, path {path}, T {tokens}, rows {'fp8' if quantise else 'bf16'}, per {scales}"
                 checks.near(label, follow_scaled(plan, *args, None, checks.start), run_scaled_twin(*args), 3e-2)
     layer = case(70)
     pairs = sort_pairs(layer.ids, 5, 32, start=checks.start, padded=True)

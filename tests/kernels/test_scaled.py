@@ -96,7 +96,7 @@ def test_a_scale_per_channel_has_no_matrix_vector_kernel() -> None:
 def test_one_row_per_expert_is_one_block() -> None:
     """``[E, 1, 1]`` is a scale per channel and per block at once."""
     for path in PATHS:
-        check(path, False, T=2, H=40, I=1, activation=Activation("relu2", gated=False), layout="single", scales="tensor")
+        check(path, False, T=2, H=40, I=1, activation=Activation("relu2", gated=False), scales="tensor")
 
 
 @pytest.mark.parametrize("quantise", [False, True])

@@ -85,7 +85,9 @@ SCALED = {
         lambda w, s: wide(w) * s[:, :, None, :, None].expand(-1, -1, 128, -1, 128).reshape(E, N, K),
         (E, ROWS, COLUMNS), ((0, 1, 2), (128, 128)),
     ),
-    "rows of blocks": (lambda w, s: wide(w) * s.repeat_interleave(128, 1)[..., None], (E, ROWS), ((0, 1, None), (128, 1))),
+    "rows of blocks": (
+        lambda w, s: wide(w) * s.repeat_interleave(128, 1)[..., None], (E, ROWS), ((0, 1, None), (128, 1)),
+    ),
 }  # fmt: skip
 
 
@@ -127,7 +129,7 @@ NOT = {
     "more experts": (lambda w, s: wide(w[1]) * s[1], (E + 1,)),
     "more dimensions than the weights": (lambda w, s: wide(w) * s, (1, 1, 1, 1)),
     "tiles, scales in the other order": (
-        lambda w, s: (wide(w[1]).view(ROWS, 128, COLUMNS, 128) * s[1][None, :, :, None].expand(ROWS, 128, COLUMNS, 128)),
+        lambda w, s: wide(w[1]).view(ROWS, 128, COLUMNS, 128) * s[1][None, :, :, None].expand(ROWS, 128, COLUMNS, 128),
         (E, 128, COLUMNS),
     ),
     "blocks of 64": (lambda w, s: wide(w) * s.repeat_interleave(64, 1).repeat_interleave(64, 2), (E, N // 64, K // 64)),
