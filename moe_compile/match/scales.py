@@ -155,6 +155,9 @@ def _scales(engine: Engine, weight: Wt, found: Spread, node: fx.Node) -> Scales:
     if weight.cut is not None and (rows.dim is not None or columns.dim is not None):
         raise refuse("MC408", "a slice of fp8 weights is scaled: scale the whole matrix", node)
     axes, blocks = (expert, rows.dim, columns.dim), (rows.block, columns.block)
+    unread = [size for d, size in enumerate(shape) if d not in axes and size != 1]
+    if unread:  # one of several was taken, ``s[:, :1]``: the lowering reads whole dimensions
+        raise refuse("MC408", f"fp8 weights are multiplied by some of {tuple(shape)} scales", node)
     scales = Scales(engine.leaf(found.root), axes, blocks, value(node).dtype)
     given = shared(scales)
     if not (kind_of(given) or kind_of(given[::-1])):  # which dimension is ``out`` shows in the linear map

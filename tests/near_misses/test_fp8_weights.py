@@ -197,6 +197,40 @@ class LeftOver(Near):
         self.s2 = nn.Parameter(torch.rand(self.experts, 3, 3))
 
 
+class FirstChannel(Near):
+    """The scale of the first channel serves all of them."""
+
+    said = "fp8 weights are multiplied by some of (4, 512, 1) scales"
+
+    def __init__(self) -> None:
+        super().__init__(way="channel")
+        self.s2 = nn.Parameter(torch.rand(self.experts))
+
+    def wide(self, w: Tensor, s: Tensor, x: Tensor) -> Tensor:
+        return w.to(x.dtype) * (s[:1] if s.dim() else s)
+
+
+class SquaredRow(Near):
+    """Right for experts 0 and 1, of which a long loop is traced."""
+
+    said = "are multiplied by row 1 of the scales"
+
+    def __init__(self) -> None:
+        super().__init__(way="tensor", experts=16, hidden=24, inter=16)
+
+    def row(self, name: str, e: int, x: Tensor) -> Tensor:
+        return self.wide(getattr(self, f"w{name}")[e], getattr(self, f"s{name}")[e * e % self.experts], x)
+
+
+class InPlace(Near):
+    """The product is written into the widened copy, which a version of the weights may share."""
+
+    said = "the weights of each expert are computed from an fp8 tensor"
+
+    def wide(self, w: Tensor, s: Tensor, x: Tensor) -> Tensor:
+        return w.to(x.dtype).mul_(blocks(w, s))
+
+
 class MoreRows(Near):
     said = "5 rows of scales belong to fp8 weights of 4 experts"
 

@@ -113,12 +113,15 @@ class OnInput(Loop):
         return out
 
 
-class Sliced(Loop):
-    """The row is taken with the dimension kept."""
+class Buffers(Loop):
+    """Weights and scales are no parameters."""
 
-    def row(self, name: str, e: int, x: Tensor) -> Tensor:
-        s = getattr(self, f"s{name}")
-        return self.wide(getattr(self, f"w{name}")[e : e + 1], s[e : e + 1], x)[0]
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        for name in ("w1", "s1", "w2", "s2"):
+            tensor = getattr(self, name).detach()
+            delattr(self, name)
+            self.register_buffer(name, tensor)
 
 
 class ScaledOutputs(Loop):
@@ -162,7 +165,7 @@ def test_scales_of_the_outputs(form: Any, way: str) -> None:
     check(layer, tokens(layer))
 
 
-OTHERS = (Turned, UpFirst, CutWeights, Lanes, NoGate, Zipped, OnInput)
+OTHERS = (Turned, UpFirst, CutWeights, Lanes, NoGate, Zipped, OnInput, Buffers)
 
 
 @pytest.mark.parametrize("way", ["tensor", "channel-flat", "block", "block-tiles"])
@@ -172,6 +175,13 @@ def test_other_experts(form: Any, way: str) -> None:
         pytest.skip("written for weights [E, out, in]")
     sizes = {"hidden": 160, "inter": 256} if form in (UpFirst, CutWeights) and way == "block" else {}
     layer = build(form, way=way, **sizes)
+    check(layer, tokens(layer))
+
+
+@pytest.mark.parametrize("sizes", [dict(top_k=1), dict(top_k=4), dict(experts=2, top_k=1)], ids=str)
+@pytest.mark.parametrize("form", [Loop, Gather], ids=lambda f: f.__name__)
+def test_other_sizes(form: Any, sizes: dict[str, int]) -> None:
+    layer = build(form, way="block", **sizes)
     check(layer, tokens(layer))
 
 
