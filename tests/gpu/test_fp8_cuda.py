@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from fp8_layers import DEVICE, GPT_OSS, SILU, Case, calc_diff, combined, error, hidden, make, op, truth
+from fp8_cases import DEVICE, GPT_OSS, SILU, Case, calc_diff, combined, error, hidden, make, op, truth
 from torch import Tensor
 
 pytestmark = pytest.mark.gpu

@@ -1,6 +1,6 @@
 """Hugging Face's fp8 experts on a real device: which kernels run them, by which way in, and what the report says.
 
-The original needs a kernel from the hub, so the results are judged by ``fp8_layers.truth``.
+The original needs a kernel from the hub, so the results are judged by ``fp8_cases.truth``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 import transformers.integrations.finegrained_fp8 as fp8  # noqa: E402
-from fp8_layers import Case, error, make, truth  # noqa: E402
+from fp8_cases import Case, error, make, truth  # noqa: E402
 from torch import nn  # noqa: E402
 from transformers import MixtralConfig  # noqa: E402
 from transformers.integrations.moe import use_experts_implementation  # noqa: E402
