@@ -33,7 +33,7 @@ from triton.runtime import driver
 from triton.runtime._async_compile import active_mode
 from triton.runtime.cache import get_cache_manager
 
-from .launch import Launch
+from .launch import Launch, settled
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class _Stopper:
 
 def needed(launch: Launch, args: tuple[Any, ...]) -> Needed:
     """The kernel of a launch; nothing is compiled, loaded or launched."""
-    function = launch.kernel
+    function = settled(launch.kernel)
     token = active_mode.set(_Stopper())
     try:
         compiled = function.warmup(*args, grid=launch.grid, **launch.constants)
@@ -119,7 +119,7 @@ def build(key: str, source: Source, folder: str) -> bool:
         Exception: whatever the compiler raises.
     """
     knobs.cache.dir = folder
-    function = getattr(import_module(source.module), source.function)
+    function = settled(getattr(import_module(source.module), source.function))
     target = GPUTarget(*source.target)
     src = ASTSource(function, source.signature, source.constants, source.attributes)
     driver.set_active(_Driver(target))

@@ -17,6 +17,7 @@ What such calls return is memory that nobody wrote.
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -27,6 +28,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import JITFunction
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 CAPABILITY = 9  # the first major version of devices that have it
@@ -83,13 +85,32 @@ def note_of_thread() -> Note | None:
     return _note.get()
 
 
+_settled: set[int] = set()
+
+
+def settled(kernel: Any) -> Any:
+    """The kernel, once Triton has hashed the functions that it calls, inner ones first.
+
+    Triton 3.6 (3.9 no more) leaves out of a kernel's key the constants of functions that it hashes for the first time
+    with that kernel. Keys would depend on what a process launches first, and the disk cache would miss.
+    """
+    if id(kernel) not in _settled and isinstance(kernel, JITFunction):
+        _settled.add(id(kernel))
+        for name in sorted(set(re.findall(r"\w+", kernel.src))):
+            inner = kernel.__globals__.get(name)
+            if isinstance(inner, JITFunction):
+                settled(inner)
+        _ = kernel.cache_key
+    return kernel
+
+
 def once(make: Callable[[], Launch], *args: Any) -> None:
     """Launch, as Triton does it."""
     launch, note = make(), _note.get()
     if note is not None:
         note(launch, args)
         return
-    launch.kernel[launch.grid](*args, **launch.constants)
+    settled(launch.kernel)[launch.grid](*args, **launch.constants)
 
 
 class Kernels:
@@ -126,7 +147,7 @@ class Call:
             run(*args, *rest)
             return
         kernel, grid, constants = make()
-        compiled = kernel[grid](*args, **constants)
+        compiled = settled(kernel)[grid](*args, **constants)
         if compiled is not None:  # the interpreter compiles nothing
             names = kernel.arg_names[len(args) :]
             self._found.append((compiled[(*grid, 1, 1)[:3]], tuple(constants[name] for name in names)))

@@ -160,7 +160,7 @@ def scaled_tile(
     TWO: tl.constexpr = M.layout == "concat" or M.layout == "separate"
     WN: tl.constexpr = 2 * S.bn if M.layout == "interleaved" else S.bn
     # all rows of a tile share a block where tiles divide blocks and the up half starts on a tile
-    WHOLE: tl.constexpr = S.even_n and S.scale_rows >= WN  # noqa: SIM300
+    WHOLE: tl.constexpr = S.even_n and S.scale_rows >= WN
     tl.static_assert(S.bk == GROUP_)
     k = tl.arange(0, GROUP_)
     n_in = tn * WN + tl.arange(0, WN)

@@ -125,17 +125,22 @@ def _blocks(w: Tensor) -> tuple[Tensor, Tensor]:
     return quantize_blocks(w * dequantize_blocks(torch.ones_like(w), factor))
 
 
+def _cast(w: Tensor) -> Tensor:
+    """The largest number of the format is as far as it goes: a cast makes NaN of what is beyond, but on CPUs."""
+    return w.clamp(-448, 448).to(torch.float8_e4m3fn)
+
+
 def _channels(w: Tensor) -> tuple[Tensor, Tensor]:
     """``w [E, rows, depth]`` as fp8 with a scale ``[E, rows, 1]`` per output channel, far apart."""
     factor = torch.exp2(torch.arange(w.shape[0] * w.shape[1], device=w.device) % 5 - 10).view(w.shape[0], -1, 1)
-    return (w / 2**-10).to(torch.float8_e4m3fn), factor
+    return _cast(w / 2**-10), factor
 
 
 def _tensors(w: Tensor) -> tuple[Tensor, Tensor]:
     """``w [E, rows, depth]`` as fp8 with a scale per expert, as blocks that all read one number."""
     e, rows, depth = w.shape
     factor = torch.exp2(torch.arange(e, device=w.device) % 5 - 10.0).view(e, 1, 1)
-    return (w / 2**-10).to(torch.float8_e4m3fn), factor.expand(e, -(-rows // GROUP), -(-depth // GROUP))
+    return _cast(w / 2**-10), factor.expand(e, -(-rows // GROUP), -(-depth // GROUP))
 
 
 SCALES = {"block": _blocks, "channel": _channels, "tensor": _tensors}
