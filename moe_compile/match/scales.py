@@ -174,16 +174,12 @@ def _experts(weight: Wt) -> Any:
 
 def _expert(weight: Wt, found: Spread, node: fx.Node) -> int | None:
     """The root's dimension of experts where one row was selected of it, or the row of every pair."""
-    if found.ids is not None:
-        if weight.ids != found.ids or found.expert is not None:
-            raise refuse("MC408", "fp8 weights and their scales are gathered by different ids", node)
-        return 0
-    if found.expert is None:
-        return None
-    if weight.source != "row" or found.expert != weight.expert:
+    if found.ids is not None and weight.ids != found.ids:
+        raise refuse("MC408", "fp8 weights and their scales are gathered by different ids", node)
+    if found.expert is not None and (weight.source != "row" or found.expert != weight.expert):
         whose = f"of expert {weight.expert}" if weight.source == "row" else "of all experts"
         raise refuse("MC408", f"fp8 weights {whose} are multiplied by row {found.expert} of the scales", node)
-    return 0
+    return found.axis
 
 
 def _axis(pieces: list[Piece], shape: tuple[Any, ...], node: fx.Node) -> Piece:

@@ -32,10 +32,14 @@ class Piece(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """A scale as every place of it reads ``root``, of which one row, or the row of every pair, may be picked."""
+    """A scale as every place of it reads ``root``.
+
+    Along the root's dimension ``axis`` one place may be picked, ``expert``, or by ``ids`` that of every pair.
+    """
 
     root: fx.Node
     pieces: tuple[Piece, ...]
+    axis: int | None = None
     expert: int | None = None
     ids: Leaf | None = None
 
@@ -106,9 +110,9 @@ def _row(found: Spread, dim: int, index: Any) -> Spread | None:
     piece = found.pieces[dim]
     if piece.dim is None:
         return found.at(dim)
-    if piece.dim != 0 or piece.block != 1 or found.expert is not None or not isinstance(index, int):
+    if not isinstance(piece.dim, int) or piece.block != 1 or found.axis is not None or not isinstance(index, int):
         return None
-    return found.at(dim)._replace(expert=index % piece.size)
+    return found.at(dim)._replace(axis=piece.dim, expert=index % piece.size)
 
 
 def _select(engine: Engine, node: fx.Node, found: Spread) -> Spread | None:
@@ -121,16 +125,17 @@ def _gather(engine: Engine, node: fx.Node, found: Spread) -> Spread | None:
     dim = 0 if node.target is aten.index.Tensor else node.args[1]
     assert isinstance(indices, (list, tuple))
     index = indices[0]
-    if dim != 0 or len(indices) != 1 or not isinstance(index, fx.Node) or found.pieces[0].dim != 0:
+    axis, _, block = found.pieces[0]
+    if dim != 0 or len(indices) != 1 or not isinstance(index, fx.Node):
         return None
-    if found.pieces[0].block != 1 or found.ids is not None:
+    if not isinstance(axis, int) or block != 1 or found.axis is not None:
         return None
     fact = engine.fact(index)
     pair = (fact.rows.ids, fact.dims) if isinstance(fact, SortedIds) else ids_dims(engine, index)
     if pair is None:
         return None
     leaf, dims = pair
-    return found.at(0, *(Piece(d, size_of(d)) if d else ONE for d in dims))._replace(ids=leaf)
+    return found.at(0, *(Piece(d, size_of(d)) if d else ONE for d in dims))._replace(axis=axis, ids=leaf)
 
 
 def _unsqueeze(engine: Engine, node: fx.Node, found: Spread) -> Spread:

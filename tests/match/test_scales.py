@@ -148,6 +148,51 @@ NOT = {
 }  # fmt: skip
 
 
+def copies_first(w: Tensor, s: Tensor) -> Tensor:
+    return wide(w) * s[:, None, :].expand(E, 128, ROWS).reshape(E, N)[..., None]
+
+
+def copied_rows(w: Tensor, s: Tensor) -> Tensor:
+    return wide(w[:, :1]) * s[:, None, None].expand(E, N, 1)
+
+
+# name -> (product, shape of the scales, shape of the weights); sizes that happen to fit hide nothing
+SQUARE = {
+    "another column of a square": (lambda w, s: wide(w[1]) * s[:, 2][:, None], (E, E), (E, E, K)),
+    "a place of a square": (lambda w, s: wide(w[1]) * s[1][1], (E, E), (E, E, K)),
+    "every second row": (lambda w, s: wide(w[1]) * s[::2][1], (E,), (E, N, K)),
+    "rows from the second on": (lambda w, s: wide(w[1]) * s[1:][1], (E,), (E, N, K)),
+    "blocks from within one": (
+        lambda w, s: wide(w) * s.repeat_interleave(128, 1)[:, 56:, None], (E, 2), (E, 200, K),
+    ),
+    "copies before blocks": (copies_first, (E, ROWS), (E, N, K)),
+    "weights repeated by copies of scales": (copied_rows, (E,), (E, N, K)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SQUARE)
+def test_is_not_read_where_sizes_fit(name: str) -> None:
+    fn, scale, weight = SQUARE[name]
+    assert read(fn, scale, weight) in ("MC408", None)
+
+
+def test_columns_of_scales() -> None:
+    """Scales stored ``[N, E]``, of which a column belongs to an expert."""
+    assert read(lambda w, s: wide(w[1]) * s[:, 1][:, None], (E, E), (E, E, K)) == ((1, 0, None), (1, 1))
+
+    def columns(w: Tensor, s: Tensor, ids: Tensor) -> Tensor:
+        return wide(w[ids]) * s.t()[ids][..., None]
+
+    def rows_of_columns(w: Tensor, s: Tensor, ids: Tensor) -> Tensor:
+        return wide(w[ids]) * s[1][ids][..., None, None]
+
+    inputs = dict(w_parameter=q(E, E, K), s_parameter=torch.zeros(E, E), ids=chosen(2, 2))
+    engine, node = engine_of(columns, **inputs)
+    assert engine.fact(node).scales.axes == (1, 0, None)
+    engine, node = engine_of(rows_of_columns, **inputs)
+    assert engine.fact(node) is None
+
+
 @pytest.mark.parametrize("name", NOT)
 def test_is_not_read(name: str) -> None:
     fn, scale = NOT[name]
