@@ -72,13 +72,15 @@ def _require_kernels(experts: str, example_inputs: Sequence[Any]) -> None:
 
 
 def _require_scales(gm: fx.GraphModule) -> None:
-    """Refuse DeepGEMM by name for experts whose weights are no fp8: it would not run them."""
+    """Refuse DeepGEMM by name for experts that it would not run."""
     ops = torch.ops.moe_compile
     for node in gm.graph.nodes:
-        if node.target in (ops.experts.default, ops.grouped_linear.default):
+        rows = node.target is ops.experts_fp8.default and not node.kwargs.get("quantise", True)
+        if rows or node.target in (ops.experts.default, ops.grouped_linear.default):
             raise OptionError(
-                f"option experts='deepgemm' runs experts with fp8 weights and scales, and those of "
-                f"{torch_compat.user_frame(node) or 'this model'} have none; use experts='auto'"
+                "option experts='deepgemm' runs experts whose weights are fp8 and whose rows are rounded to fp8, and "
+                f"the {'rows' if rows else 'weights'} of {torch_compat.user_frame(node) or 'this model'} are not; use "
+                "experts='auto'"
             )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import fp8_layers
 import pytest
 import torch
 import torch._dynamo
@@ -145,8 +146,11 @@ def test_experts_option_must_fit_the_device():
 
 def test_deepgemm_by_name_is_for_fp8_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "_require_kernels", lambda *args: None)  # as on a GPU
-    with pytest.raises(Exception, match=r"fp8 weights and scales, and those of .*dense_loop.py:\d+ have none"):
+    with pytest.raises(Exception, match=r"the weights of .*dense_loop.py:\d+ are not"):
         compiled(MaskedDense().eval(), torch.randn(6, 32), experts="deepgemm")
+    layer = fp8_layers.Loop().eval()
+    with pytest.raises(Exception, match=r"the rows of .*fp8_layers.py:\d+ are not"):
+        compiled(layer, fp8_layers.tokens(layer), experts="deepgemm")
 
 
 def test_weights_may_change_after_compiling():
