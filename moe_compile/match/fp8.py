@@ -100,7 +100,7 @@ def _check_weight(slot: Slot, val: Val, node: fx.Node) -> None:
         raise refuse("MC402", f"the scales of fp8 weights are a {type(tensor).__name__}", scales.leaf.node)
     if tensor.dtype not in SCALES:
         raise refuse("MC408", f"the scales of fp8 weights are {tensor.dtype}, the op takes float32", scales.leaf.node)
-    if tensor.device != stored.device and tensor.dim():
+    if tensor.device != stored.device:  # PyTorch takes one number from the CPU, the op does not
         raise refuse("MC401", f"scales are on {tensor.device}, the weights on {stored.device}", scales.leaf.node)
     if not _kind(slot):
         raise refuse("MC408", "each input feature of fp8 weights has its scale, and the op takes one per output", node)

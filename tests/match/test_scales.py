@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from tracing import chosen, engine_of
 
+from moe_compile.match import fp8
 from moe_compile.match.facts import Scales, Wt
-from moe_compile.spec import Activation, Experts, MoE, Scale, Weight
+from moe_compile.spec import Activation, Experts, MoE, NoMatch, Scale, Weight
 
 E, N, K = 4, 256, 384
 FP8 = torch.float8_e4m3fn
@@ -254,3 +257,24 @@ def test_invariants() -> None:
     with pytest.raises(ValueError, match="a known activation"):
         Experts(2, 5, 3, scaled, scaled, activation=None, custom=object())
     assert Experts(2, 5, 3, scaled, scaled).fp8 and not Experts(2, 5, 3, plain, plain).fp8
+
+
+@pytest.mark.parametrize("shape", [(), (4,)])
+def test_scales_are_where_the_weights_are(shape, monkeypatch):
+    """One number on the CPU too: PyTorch multiplies by it, the op would raise when it is called."""
+    with FakeTensorMode():
+        tensors = {
+            "w": torch.empty(4, 8, 8, device="cuda").to(torch.float8_e4m3fn),
+            "x": torch.empty(2, 8, device="cuda"),
+            "s": torch.empty(shape),
+        }
+    monkeypatch.setattr(fp8, "value", lambda node: tensors[node])
+    leaf, axes = SimpleNamespace(node="s"), (None, None, None)
+    scales = SimpleNamespace(leaf=leaf, dtype=torch.float32, axes=axes, blocks=(1, 1))
+    weight = SimpleNamespace(leaf=SimpleNamespace(node="w"), leaves=(), source="axis", scales=scales)
+    slot, val = SimpleNamespace(weight=weight, transposed=False), SimpleNamespace(x=SimpleNamespace(node="x"))
+    with pytest.raises(NoMatch, match="scales are on cpu, the weights on cuda"):
+        fp8._check_weight(slot, val, "node")
+    with FakeTensorMode():
+        tensors["s"] = torch.empty(shape, device="cuda")
+    fp8._check_weight(slot, val, "node")
