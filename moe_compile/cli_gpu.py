@@ -84,8 +84,8 @@ def _warm_layer(arguments: argparse.Namespace) -> Any:
     import torch
 
     from moe_compile.spec import ACTIVATIONS
-    from moe_compile.warm_calls import layers_of_size
     from moe_compile.warming import require_cuda, warm_layers
+    from moe_compile.warming.calls import layers_of_size
 
     if arguments.activation not in ACTIVATIONS:
         raise UsageError(f"activation {arguments.activation!r} is not one of {', '.join(ACTIVATIONS)}")

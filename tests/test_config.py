@@ -27,8 +27,8 @@ def test_call_over_environment_over_default(monkeypatch: pytest.MonkeyPatch) -> 
     options = Options.resolve({"experts": "cpu"})
     assert options.strict and options.experts == "cpu"
     origins = {name: origin for name, (_, origin) in effective({"experts": "cpu"}).items()}
-    assert origins.pop("strict") == "environment" and origins.pop("experts") == "call"
-    assert set(origins.values()) == {"default"}
+    defaults = {"deepgemm_rule": "default", "verify": "default", "dryrun": "default"}
+    assert origins == {"strict": "environment", "experts": "call", **defaults}
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,13 @@ import torch
 from torch import nn
 
 import moe_compile
-from moe_compile import cli, router_pass, warm_progress, warming
+from moe_compile import cli, router_pass, warming
 from moe_compile.deepgemm import experts as deepgemm_experts
 from moe_compile.demo import DenseLoop
 from moe_compile.kernels import ahead, launch, workers
-from moe_compile.warm_calls import Layer, inputs_of, layer_of, layers_of_size, recorded
-from moe_compile.warm_tokens import grid, regimes
-from moe_compile.warming import Failure, WarmUp, WarmUpError, warm_layers, warmup
+from moe_compile.warming import Failure, WarmUp, WarmUpError, progress, warm_layers, warmup
+from moe_compile.warming.calls import Layer, inputs_of, layer_of, layers_of_size, recorded
+from moe_compile.warming.tokens import grid, regimes
 
 SCRIPT = Path(__file__).with_name("warm_sm90.py")
 
@@ -417,7 +417,7 @@ def test_progress(monkeypatch: pytest.MonkeyPatch) -> None:
         (io.StringIO(), True, ""),
     ):
         monkeypatch.setattr(sys, "stderr", stream)
-        with warm_progress.Progress(2, "kernels", wanted) as bar:
+        with progress.Progress(2, "kernels", wanted) as bar:
             bar.step()
             bar.step()
         assert stream.getvalue() == text
@@ -457,12 +457,12 @@ def test_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 
 
 def test_command_line_for_a_layer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from moe_compile import warm_calls
+    from moe_compile.warming import calls
 
     asked: list[Any] = []
     monkeypatch.setattr(warming, "require_cuda", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(warm_calls, "layers_of_size", lambda *args: asked.append(args) or {})
+    monkeypatch.setattr(calls, "layers_of_size", lambda *args: asked.append(args) or {})
     monkeypatch.setattr(warming, "warm_layers", lambda *args: asked.append(args) or WarmUp(2, 2, 3, 3, 0, 0, 0.5))
     assert cli.main(["warmup", "--layer", "8,2,64,128", "--dtype", "float16", "--fp8", "--max-tokens", "7"]) == 0
     assert asked[0] == ((8, 2, 64, 128), torch.float16, True, "silu", torch.device("cuda", 0))

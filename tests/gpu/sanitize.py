@@ -131,8 +131,8 @@ def fp8(checks: Checks) -> None:
     rows, scale, _ = quantize_permute(layer.x, pairs, 2, 32, layer.weights, checks.start)
     at = pairs.inverse.long()
     twin = dequantize_rows(*quantize_rows(layer.x)).repeat_interleave(2, 0) * layer.weights.reshape(-1, 1)
-    # the kernel's division is not rounded to the last bit, which decides a tie
-    checks.near("rows to padded order", dequantize_rows(rows, scale)[at], twin, 5e-3)
+    # off by 1.6e-3 on an H100: the kernel's division is not rounded to the last bit, which decides a tie
+    checks.near("rows to padded order", dequantize_rows(rows, scale)[at], twin, 1e-5)
     wide = torch.randn(rows.shape[0], 160, device="cuda").to(BF16)
     epilogue = layer.projections()[0].epilogue
     rows, scale = activate_quantize(wide, pairs, 80, epilogue, 32, checks.start)

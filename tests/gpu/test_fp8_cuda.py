@@ -37,7 +37,7 @@ from moe_compile.spec import Activation, NoMatch  # noqa: E402
 # Relative errors: values that round to the other neighbour, and bfloat16. Two per cent of the values between the
 # GEMMs do, as tensor cores add fp8 products with some 14 bits; with few values the share varies. ROUNDED is that of
 # a value in fp8.
-W8A8, FEW_VALUES, W8A16, FP32, ROUNDED = 0.02, 0.025, 0.006, 1e-5, 0.04
+W8A8, FEW_VALUES, W8A16, FP32, ROUNDED = 0.016, 0.025, 0.006, 1e-5, 0.04
 TOKENS = {"gemv": 2, "decode": 16, "sorted": 300, "deepgemm": 300}  # that take a path; DeepGEMM by name
 
 # (T, I, H) of vLLM's grids.
@@ -90,11 +90,10 @@ def check(
 def check_as_vllm(case: Case, taken: list[str], path: str, kernels: str, quantise: bool = True) -> Tensor:
     """The same by vLLM's measures, stage by stage.
 
-    From end to end its tolerance is no property of a kernel where sums are deep: what differs in the last bits
-    rounds to other fp8 neighbours between the GEMMs. At H=7168, I=4608 two float32 references that differ by a
-    rounding to bfloat16 are as far apart as vLLM's kernel is from either, and beyond the tolerance
-    (https://github.com/vllm-project/vllm/issues/45332). So the values between the GEMMs are judged for themselves,
-    and the output by what follows from them.
+    The values between the GEMMs are judged for themselves, then the output by what follows from them, then all of it
+    from end to end. The last fails in six cases where sums are deep: what differs in the last bits rounds to other
+    fp8 neighbours. vLLM's kernel, and two references that differ by a rounding to bfloat16, are beyond the tolerance
+    there too (docs/performance.md; https://github.com/vllm-project/vllm/issues/45332).
     """
     with between() as kept:
         out = check(case, taken, path, kernels, quantise)
@@ -108,7 +107,7 @@ def check_as_vllm(case: Case, taken: list[str], path: str, kernels: str, quantis
     expected = combined(case, rows)
     assert error(out, expected) <= W8A16
     assert_as_vllm(out, expected)
-    assert calc_diff(out, truth(case, path)) < 1e-3
+    assert_as_vllm(out, truth(case, path))
     return out
 
 

@@ -117,8 +117,8 @@ def fp8() -> dict[str, Any]:
     from moe_compile.deepgemm import experts as deepgemm_experts
     from moe_compile.deepgemm.provider import Provider, find
     from moe_compile.quantize import FP8
-    from moe_compile.warm_calls import Recorder
     from moe_compile.warming import warm_layers
+    from moe_compile.warming.calls import Recorder
 
     found = find(0)
     if not isinstance(found, Provider):

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .warm_calls import Layer, inputs_of, recorded
-from .warm_progress import Progress
-from .warm_tokens import regimes
+from .calls import Layer, inputs_of, recorded
+from .progress import Progress
+from .tokens import regimes
 
 if TYPE_CHECKING:
-    from .kernels.ahead import Needed
-    from .kernels.launch import Launch
+    from ..kernels.ahead import Needed
+    from ..kernels.launch import Launch
 
 MAX_TOKENS = 16384
 
@@ -153,7 +153,7 @@ def warm_layers(
     layers: Mapping[Layer, int], max_tokens: int, workers: int | None, progress: bool, begun: float | None = None
 ) -> WarmUp:
     """``warmup`` for layers that are known."""
-    from .kernels import ahead
+    from ..kernels import ahead
 
     begun = time.perf_counter() if begun is None else begun
     if max_tokens < 1 or (workers is not None and workers < 0):
@@ -180,9 +180,9 @@ def warm_layers(
 
 def _look(work: _Work, layer: Layer, max_tokens: int) -> None:
     """Which kernels a layer needs for which number of tokens."""
-    from .kernels.ahead import needed
-    from .kernels.launch import noting
-    from .kernels.workers import described
+    from ..kernels.ahead import needed
+    from ..kernels.launch import noting
+    from ..kernels.workers import described
 
     gemms: dict[int, Any] = {}
 
@@ -219,7 +219,7 @@ def _look(work: _Work, layer: Layer, max_tokens: int) -> None:
 
 def _gemms_of(work: _Work, layer: Layer, gemms: Mapping[int, list[Any]], max_tokens: int) -> None:
     """Every number of rows that DeepGEMM can be given, from the first number of tokens that goes there."""
-    from .deepgemm.experts import blocks
+    from ..deepgemm.experts import blocks
 
     first = min(gemms)
     top_k = layer.args[2].rest[0]
@@ -233,7 +233,7 @@ def _gemms_of(work: _Work, layer: Layer, gemms: Mapping[int, list[Any]], max_tok
 
 def _compile(work: _Work, missing: Iterable[str], workers: int | None, progress: bool) -> set[str]:
     """Compile what is missing in other processes; the keys of what failed."""
-    from .kernels.workers import Answer, Job, compile_all, default_workers
+    from ..kernels.workers import Answer, Job, compile_all, default_workers
 
     jobs = [Job(key, source) for key in missing if (source := work.need[key].source) is not None]
     count = default_workers() if workers is None else workers
@@ -264,7 +264,7 @@ def _load(work: _Work, broken: set[str]) -> None:
             layer.call(tokens)
             torch.cuda.synchronize(layer.device)
         except Exception as error:  # the compiler, the driver or the memory; other cases may run
-            from .kernels.workers import described
+            from ..kernels.workers import described
 
             names = ", ".join(sorted({work.need[key].function for _, key in new}))
             work.fail(names, layer, tokens, described(error))
@@ -276,8 +276,8 @@ def _multiply(work: _Work, progress: bool) -> int:
     """Run DeepGEMM's part for every number of rows; how many were new."""
     if not work.gemms:
         return 0
-    from .deepgemm.experts import rehearse
-    from .kernels.workers import described
+    from ..deepgemm.experts import rehearse
+    from ..kernels.workers import described
 
     new = 0
     with Progress(len(work.gemms), "DeepGEMM sizes", progress) as bar:

@@ -15,17 +15,17 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import torch_breaks
-from .backend import attempt, moe_compile
-from .config import Options
-from .explaining import unchanged, unwrap
-from .huggingface import is_optimized
-from .ops import schema as schema  # the ops must exist
-from .ops.calls import role_traits, traits
-from .quantize import BLOCK, FP8
-from .router_pass import RouterPass
-from .spec import Activation
-from .torch_compat import run_after_pass
+from .. import torch_breaks
+from ..backend import attempt, moe_compile
+from ..config import Options
+from ..explaining import unchanged, unwrap
+from ..huggingface import is_optimized
+from ..ops import schema as schema  # the ops must exist
+from ..ops.calls import role_traits, traits
+from ..quantize import BLOCK, FP8
+from ..router_pass import RouterPass
+from ..spec import Activation
+from ..torch_compat import run_after_pass
 
 # Which arguments have a row per token, or per pair; and which else are made by other ops, all of one size.
 ROWS: dict[str, tuple[int, ...]] = {
