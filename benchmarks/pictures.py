@@ -60,7 +60,7 @@ def draw(data: dict[str, Any], regime: str, tokens: tuple[int, ...], path: Path)
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=ROOT / "benchmarks" / "results" / "experts_h100.json")
+    parser.add_argument("--data", type=Path, default=ROOT / "benchmarks" / "results" / "experts_h200.json")
     arguments = parser.parse_args()
     data = json.loads(arguments.data.read_text())
     folder = ROOT / "docs" / "pictures"
