@@ -235,3 +235,15 @@ def check(layer: Any, x: Tensor) -> Any:
     with torch.no_grad():
         assert_accurate(outcome.out, layer(x), reference(layer, x))
     return outcome
+
+
+def stays(layer: Any, x: Tensor, code: str, said: str, **how: Any) -> None:
+    """One refusal with this code and reason, and the original's numbers."""
+    before = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    outcome = rewritten(layer, x, **how)
+    assert outcome.ops == []
+    (site,) = outcome.sites
+    assert site.code == code and said in site.reason, (site.code, site.reason)
+    layer.load_state_dict(before, strict=False)
+    with torch.no_grad():
+        assert torch.equal(outcome.out, layer(x))

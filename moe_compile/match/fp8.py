@@ -87,7 +87,7 @@ def check_fp8(val: Val, maps: Sequence[tuple[Slot, Slot | None]], node: fx.Node)
 def _check_weight(slot: Slot, val: Val, node: fx.Node) -> None:
     weight, scales = slot.weight, slot.weight.scales
     stored = value(weight.leaf.node)
-    if weight.leaves or weight.source == "one":
+    if weight.leaves:
         raise refuse("MC408", "the fp8 weight of each expert is its own tensor", weight.leaf.node)
     if scales is None:
         raise refuse("MC408", "fp8 weights are multiplied as they are, without a scale", weight.leaf.node)
@@ -122,8 +122,8 @@ def kind_of(given: list[int | None]) -> str:
 
 
 def _kind(slot: Slot) -> str:
-    scales = slot.weight.scales
-    given = [] if scales is None else shared(scales)
+    assert slot.weight.scales is not None
+    given = shared(slot.weight.scales)
     return kind_of(given[::-1] if slot.transposed else given)
 
 

@@ -17,7 +17,7 @@ from .labels import same
 from .nodes import aten, holds_ids
 from .routing import top_k
 from .stack import merge_weights
-from .values import renumber
+from .values import renumber, slots_of
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def rebased(engine: Engine, total: Sum, node: fx.Node) -> Sum:
         if len(found) != 1 or _reads_input(val.expr, found[0]) or val.gate_in is not None:
             raise refuse("MC202", "experts share a weight", node)
         (expr,) = found
-        used = sorted(_slots_of(expr))
+        used = sorted(slots_of(expr))
         place = [used.index(i) if i in used else 0 for i in range(len(val.slots))]
         keys.add((val.x, tuple(val.slots[i] for i in used), renumber(expr, place)))
         kept = [i for i in range(len(val.slots)) if i not in mine]
@@ -114,17 +114,9 @@ def rebased(engine: Engine, total: Sum, node: fx.Node) -> Sum:
     return replace(total, parts=tuple(replace(p, val=replace(p.val, x=leaf)) for p in out))
 
 
-def _slots_of(expr: Any) -> set[int]:
-    if expr[0] in ("lin", "bias"):
-        return {expr[1]} | _slots_of(expr[2])
-    if expr[0] == "cut":
-        return _slots_of(expr[4])
-    return set().union(*(_slots_of(a) for a in expr[2])) if expr[0] == "op" else set()
-
-
 def _shared_inputs(expr: Any, shared: set[int], found: list[Any]) -> None:
     """The largest subexpressions made of shared weights alone."""
-    slots = _slots_of(expr)
+    slots = slots_of(expr)
     if not slots:
         return
     if slots <= shared:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import fx
 
 from ..canonical import shape_of, value
@@ -19,18 +20,19 @@ from ..quantize import BLOCK, FP8
 from .engine import Engine, Rules
 from .facts import Scales, Val, Wt, refuse
 from .fp8 import kind_of, shared
-from .labels import Atom, Dim, Dims, regroup, same
+from .labels import Atom, Dim, Dims, regroup, same, size_of
 from .nodes import FLOATS, aten, is_fp8
-from .spread import ONE, Piece, Spread, leaves_half, merged, spread
-from .values import lift, weight_leaf
+from .spread import ONE, Piece, Spread, holds, merged, spread
+from .values import lift, slots_of, weight_leaf
 
 _BLOCKS = {"w0": ("w0o", "w0i"), "w1": ("w1o", "w1i")}
+_ELSE = "the scales of fp8 weights are counted by something else than the weights"
 
 
 def stored(engine: Engine, node: Any) -> Wt | None:
     """An fp8 weight, as it is stored or widened already."""
     fact = engine.fact(node)
-    if fact is None and is_fp8(node) and engine.is_param(node):
+    if is_fp8(node) and engine.is_param(node):
         fact = lift(engine, node, weight_leaf)
     return fact if isinstance(fact, Wt) and is_fp8(fact.leaf.node) else None
 
@@ -44,39 +46,41 @@ def _widen(engine: Engine, node: fx.Node) -> Wt | None:
     assert isinstance(source, fx.Node)
     if weight.scales is None:
         return weight
-    if leaves_half(value(source).dtype, value(node).dtype):
-        raise refuse("MC408", "scaled fp8 weights are rounded to float16 and widened again", node)
+    rounded = value(source).dtype
+    if not holds(rounded, value(node).dtype):
+        raise refuse("MC408", f"scaled fp8 weights are rounded to {_short(rounded)} and widened again", node)
     return replace(weight, scales=replace(weight.scales, dtype=value(node).dtype))
 
 
 def _cut_in_blocks(engine: Engine, node: fx.Node) -> Wt | None:
     """``w.view(N // 128, 128, K // 128, 128)``."""
     weight = stored(engine, node.args[0])
-    if weight is None or weight.cut is not None:
+    if weight is None:
         return None
     dims = regroup(weight.dims, shape_of(node)) or _split(weight.dims, shape_of(node))
     return None if dims is None else weight.with_dims(dims)
 
 
 def _split(dims: Dims, shape: tuple[Any, ...]) -> Dims | None:
-    """Labels after a view that cuts dimensions of a matrix in two."""
+    """Labels after a view that cuts dimensions of a matrix in two.
+
+    A view has as many elements before as after, so atoms and sizes are used up together.
+    """
     left = [a for d in dims for a in d]
     out: list[Dim] = []
     for size in shape:
         if same(size, 1):
             out.append(())
             continue
-        if not left:
-            return None
         atom = left.pop(0)
         if not same(atom.size, size):
-            if atom.name not in _BLOCKS or not isinstance(size, int) or atom.size % size:
+            if atom.name not in _BLOCKS or atom.size % size:
                 return None
             outer, inner = _BLOCKS[atom.name]
             left.insert(0, Atom(inner, atom.size // size))
             atom = Atom(outer, size)
         out.append((atom,))
-    return tuple(out) if not left else None
+    return tuple(out)
 
 
 def _times(engine: Engine, node: fx.Node) -> Wt | None:
@@ -104,10 +108,10 @@ def _times_outputs(engine: Engine, node: fx.Node) -> Val | None:
         if not isinstance(val, Val) or val.expr[0] != "lin" or not isinstance(other, fx.Node):
             continue
         slot = val.slots[val.expr[1]]
-        weight, meant = slot.weight, engine.fact(other)
-        if value(weight.leaf.node).dtype is not FP8 or weight.scales is not None or not isinstance(meant, Wt | None):
+        weight = slot.weight
+        if value(weight.leaf.node).dtype is not FP8 or weight.scales is not None:
             continue
-        if _uses(val.expr[2], val.expr[1]):
+        if val.expr[1] in slots_of(val.expr[2]):  # the same weight inside too, where nothing scales it
             continue
         found = spread(engine, other)
         if found is None or len(found.pieces) > len(val.dims):
@@ -120,35 +124,39 @@ def _times_outputs(engine: Engine, node: fx.Node) -> Val | None:
     return None
 
 
-def _uses(expr: Any, slot: int) -> bool:
-    """Whether an expression has a linear map with this weight in it."""
-    if expr[0] in ("lin", "bias") and expr[1] == slot:
-        return True
-    inner = expr[2] if expr[0] == "op" else (expr[-1],) if expr[0] in ("lin", "bias", "cut") else ()
-    return any(_uses(e, slot) for e in inner)
-
-
 def _scales(engine: Engine, weight: Wt, found: Spread, node: fx.Node) -> Scales:
     """Which dimension of the root counts what.
 
     Raises:
         NoMatch: MC408 with what a scale does not fit.
     """
-    along: dict[str, list[Piece]] = {"w0": [], "w1": []}
-    expert = _expert(weight, found, node)
+    product = value(node).dtype
+    if found.rounded is not None and not holds(found.rounded, product):
+        said = f"the scales of fp8 weights are rounded to {_short(found.rounded)} before a product in {_short(product)}"
+        raise refuse("MC408", said, node)
+    along: dict[str, dict[str, Piece]] = {"w0": {}, "w1": {}}
+    expert, pairs = _expert(weight, found, node), 0
     pieces = (*(ONE,) * (len(weight.dims) - len(found.pieces)), *found.pieces)
     for label, piece in zip(weight.dims, pieces, strict=True):
-        if not label and not same(piece.size, 1):
+        if same(size_of(label), 1) and not same(piece.size, 1):
             raise refuse("MC408", "fp8 weights are repeated by the product with their scales", node)
-        name = label[0].name[:2] if len(label) == 1 else ""
-        if name in along:
-            along[name].append(piece if piece.dim is not None else Piece(None, label[0].size))
-        elif name == "e" and piece == Piece(piece.dim, label[0].size) and isinstance(piece.dim, int):
+        name = label[0].name if len(label) == 1 else ""
+        whole = piece.block == 1 and same(piece.size, size_of(label))
+        if piece.dim is None:
+            for a in label:
+                along.get(a.name[:2], {})[a.name] = Piece(None, a.size)
+        elif name[:2] in along:
+            along[name[:2]][name] = piece
+        elif name == "e" and whole:
             expert = piece.dim
-        elif piece.dim is not None and not (piece.dim == label and found.ids == weight.ids):
-            raise refuse("MC408", "the scales of fp8 weights are counted by something else than the weights", node)
+        elif piece.dim == label and whole:
+            pairs += 1
+        else:
+            raise refuse("MC408", _ELSE, node)
+    if pairs != found.pairs:  # those of one token or slot were taken for all
+        raise refuse("MC408", _ELSE, node)
     shape = shape_of(found.root)
-    count = _experts(weight)
+    count = shape_of(weight.leaf.node)[0]
     if expert is not None and shape[expert] != count:
         raise refuse("MC408", f"{shape[expert]} rows of scales belong to fp8 weights of {count} experts", node)
     rows, columns = (_axis(along[name], shape, node) for name in ("w0", "w1"))
@@ -167,25 +175,25 @@ def _scales(engine: Engine, weight: Wt, found: Spread, node: fx.Node) -> Scales:
     return scales
 
 
-def _experts(weight: Wt) -> Any:
-    """E of a stack that a weight comes from."""
-    return shape_of(weight.leaf.node)[0] if weight.source in ("row", "axis", "ids") else 1
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _expert(weight: Wt, found: Spread, node: fx.Node) -> int | None:
     """The root's dimension of experts where one row was selected of it, or the row of every pair."""
     if found.ids is not None and weight.ids != found.ids:
         raise refuse("MC408", "fp8 weights and their scales are gathered by different ids", node)
-    if found.expert is not None and (weight.source != "row" or found.expert != weight.expert):
+    if found.expert is not None and found.expert != weight.expert:
         whose = f"of expert {weight.expert}" if weight.source == "row" else "of all experts"
         raise refuse("MC408", f"fp8 weights {whose} are multiplied by row {found.expert} of the scales", node)
     return found.axis
 
 
-def _axis(pieces: list[Piece], shape: tuple[Any, ...], node: fx.Node) -> Piece:
-    """How the scales run along one dimension of the matrix."""
-    piece = merged([p for p in pieces if not same(p.size, 1)])
-    if piece is None or isinstance(piece.dim, tuple):
+def _axis(pieces: dict[str, Piece], shape: tuple[Any, ...], node: fx.Node) -> Piece:
+    """How the scales run along one dimension of the matrix, given by the names of its parts."""
+    piece = merged([p for p in pieces.values() if not same(p.size, 1)])
+    turned = list(pieces) != sorted(pieces, reverse=True)  # ``w0i`` before ``w0o``: neighbours do not share a scale
+    if piece is None or isinstance(piece.dim, tuple) or (turned and piece.dim is not None):
         raise refuse("MC408", "the scales of fp8 weights do not run along blocks of neighbours", node)
     if piece.dim is not None and shape[piece.dim] != -(-piece.size // piece.block):
         blocks = f"{shape[piece.dim]} scales for {piece.size} features in blocks of {piece.block}"

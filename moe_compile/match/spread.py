@@ -16,7 +16,7 @@ from ..canonical import shape_of, value
 from .engine import Engine
 from .facts import Leaf, SortedIds, refuse
 from .labels import Atom, same, size_of
-from .nodes import FLOATS, argument, aten, normal_dim
+from .nodes import FLOATS, argument, aten, is_float, normal_dim
 from .routing import ids_dims
 
 
@@ -34,7 +34,8 @@ class Piece(NamedTuple):
 class Spread(NamedTuple):
     """A scale as every place of it reads ``root``.
 
-    Along the root's dimension ``axis`` one place may be picked, ``expert``, or by ``ids`` that of every pair.
+    Along the root's dimension ``axis`` one place may be picked, ``expert``, or by ``ids`` that of every pair, whose
+    ``pairs`` dimensions came in its place. ``rounded``: the narrower type that the numbers went through.
     """
 
     root: fx.Node
@@ -42,6 +43,8 @@ class Spread(NamedTuple):
     axis: int | None = None
     expert: int | None = None
     ids: Leaf | None = None
+    pairs: int = 0
+    rounded: torch.dtype | None = None
 
     def at(self, dim: int, *pieces: Piece) -> Spread:
         """With other pieces in place of one."""
@@ -57,17 +60,16 @@ def spread(engine: Engine, node: fx.Node) -> Spread | None:
     Raises:
         NoMatch: MC204 when the scale is written after it was read.
     """
-    source = node.args[0] if node.op == "call_function" and node.args else None
     step = _STEPS.get(node.target)
-    if step is None or not isinstance(source, fx.Node):
+    if step is None:
         return _root(engine, node)
+    source: Any = node.args[0]
     if not engine.unchanged(node):
         raise refuse("MC204", f"the scale {source.name} of fp8 weights is written after it was read", node)
     if node.target is operator.getitem:
-        if source.target is not aten.unbind.int or not isinstance(source.args[0], fx.Node):
+        if source.target is not aten.unbind.int:
             return _root(engine, node)
-        inner = spread(engine, source.args[0])
-        return None if inner is None else _row(inner, int(argument(source, 1, "dim", 0)), node.args[1])
+        source = source.args[0]
     inner = spread(engine, source)
     found: Spread | None = None if inner is None else step(engine, node, inner)
     return found
@@ -76,7 +78,7 @@ def spread(engine: Engine, node: fx.Node) -> Spread | None:
 def _root(engine: Engine, node: fx.Node) -> Spread | None:
     """Any value that depends on parameters alone."""
     shape = shape_of(node)
-    if not engine.is_param(node) or value(node).dtype not in FLOATS or not all(isinstance(s, int) for s in shape):
+    if not engine.is_param(node) or not is_float(node) or not all(isinstance(s, int) for s in shape):
         return None
     return Spread(node, tuple(Piece(d, s) if s != 1 else ONE for d, s in enumerate(shape)))
 
@@ -97,12 +99,14 @@ def merged(pieces: list[Piece]) -> Piece | None:
 
 def _through(engine: Engine, node: fx.Node, found: Spread) -> Spread | None:
     source, target = value(node.args[0]).dtype, value(node).dtype  # type: ignore[arg-type]
-    return found if target in FLOATS and not leaves_half(source, target) else None
+    if target not in FLOATS or (found.rounded is not None and not holds(found.rounded, target)):
+        return None
+    return found if holds(target, source) else found._replace(rounded=target)
 
 
-def leaves_half(source: torch.dtype, target: torch.dtype) -> bool:
-    """Whether numbers were squeezed through float16, where they may have become infinite or zero."""
-    return source is torch.float16 and target is not torch.float16
+def holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
+    """Whether a float type has all numbers of another: a cast to it and back changes none."""
+    return torch.promote_types(wide, narrow) == wide
 
 
 def _row(found: Spread, dim: int, index: Any) -> Spread | None:
@@ -110,7 +114,7 @@ def _row(found: Spread, dim: int, index: Any) -> Spread | None:
     piece = found.pieces[dim]
     if piece.dim is None:
         return found.at(dim)
-    if not isinstance(piece.dim, int) or piece.block != 1 or found.axis is not None or not isinstance(index, int):
+    if piece.block != 1 or not isinstance(index, int):
         return None
     return found.at(dim)._replace(axis=piece.dim, expert=index % piece.size)
 
@@ -119,23 +123,28 @@ def _select(engine: Engine, node: fx.Node, found: Spread) -> Spread | None:
     return _row(found, int(node.args[1]), node.args[2])  # type: ignore[arg-type]
 
 
+def _unbound(engine: Engine, node: fx.Node, found: Spread) -> Spread | None:
+    """``scale.unbind(0)[e]``."""
+    return _row(found, int(argument(node.args[0], 1, "dim", 0)), node.args[1])  # type: ignore[arg-type]
+
+
 def _gather(engine: Engine, node: fx.Node, found: Spread) -> Spread | None:
     """``scale[ids]``: the row of every pair's expert."""
-    indices = node.args[1] if node.target is aten.index.Tensor else [node.args[2]]
-    dim = 0 if node.target is aten.index.Tensor else node.args[1]
+    dim, indices = (0, node.args[1]) if node.target is aten.index.Tensor else (node.args[1], [node.args[2]])
     assert isinstance(indices, (list, tuple))
-    index = indices[0]
-    axis, _, block = found.pieces[0]
-    if dim != 0 or len(indices) != 1 or not isinstance(index, fx.Node):
+    if dim != 0 or len(indices) != 1 or not found.pieces:
         return None
-    if not isinstance(axis, int) or block != 1 or found.axis is not None:
+    index, (axis, _, block) = indices[0], found.pieces[0]
+    if not isinstance(axis, int) or block != 1:
         return None
+    assert isinstance(index, fx.Node)
     fact = engine.fact(index)
     pair = (fact.rows.ids, fact.dims) if isinstance(fact, SortedIds) else ids_dims(engine, index)
     if pair is None:
         return None
     leaf, dims = pair
-    return found.at(0, *(Piece(d, size_of(d)) if d else ONE for d in dims))._replace(axis=axis, ids=leaf)
+    pieces = [Piece(d, size_of(d)) if d else ONE for d in dims]
+    return found.at(0, *pieces)._replace(axis=axis, ids=leaf, pairs=sum(map(bool, dims)))
 
 
 def _unsqueeze(engine: Engine, node: fx.Node, found: Spread) -> Spread:
@@ -146,7 +155,8 @@ def _unsqueeze(engine: Engine, node: fx.Node, found: Spread) -> Spread:
 def _expand(engine: Engine, node: fx.Node, found: Spread) -> Spread:
     shape = shape_of(node)
     pieces = ((ONE,) * (len(shape) - len(found.pieces))) + found.pieces
-    grown = (Piece(None, s) if p == ONE else p for p, s in zip(pieces, shape, strict=True))
+    # what was cut to one place (``s[:1]``) forgets its dimension of the root, which then nothing counts
+    grown = (Piece(None, s) if same(p.size, 1) else p for p, s in zip(pieces, shape, strict=True))
     return found._replace(pieces=tuple(grown))
 
 
@@ -164,10 +174,9 @@ def _view(engine: Engine, node: fx.Node, found: Spread) -> Spread | None:
             if not left:
                 return None
             first = left.pop(0)
-            known = first.dim is None and isinstance(first.size, int) and isinstance(_size(taken), int)
-            if known and isinstance(size, int):  # copies can be cut anywhere
-                rest = max(size // _size(taken), 1)
-                if first.size > rest and first.size % rest == 0:
+            if first.dim is None and all(isinstance(n, int) for n in (first.size, _size(taken), size)):
+                rest, over = divmod(size, _size(taken))
+                if not over and first.size > rest and first.size % rest == 0:  # copies can be cut anywhere
                     left.insert(0, Piece(None, first.size // rest))
                     first = Piece(None, rest)
             taken.append(first)
@@ -175,7 +184,7 @@ def _view(engine: Engine, node: fx.Node, found: Spread) -> Spread | None:
         if whole is None:
             return None
         out.append(whole)
-    return found._replace(pieces=tuple(out)) if not left else None
+    return found._replace(pieces=tuple(out))
 
 
 def _size(pieces: list[Piece]) -> Any:
@@ -202,25 +211,23 @@ def _repeat_interleave(engine: Engine, node: fx.Node, found: Spread) -> Spread |
         return None
     dim = normal_dim(int(dim or 0), len(found.pieces))
     piece = merged([found.pieces[dim], Piece(None, count)])
-    return None if piece is None else found.at(dim, piece)
+    assert piece is not None  # copies come last
+    return found.at(dim, piece)
 
 
 def _slice(engine: Engine, node: fx.Node, found: Spread) -> Spread | None:
     """``[:n]``, of a piece that was repeated past the end of the weight; ``_axis`` asks that no block is left over."""
     dim = normal_dim(int(argument(node, 1, "dim", 0)), len(found.pieces))
-    piece, size = found.pieces[dim], shape_of(node)[dim]
-    if same(piece.size, size):
-        return found
-    if argument(node, 2, "start") not in (None, 0) or argument(node, 4, "step", 1) != 1 or not isinstance(size, int):
+    if argument(node, 2, "start") not in (None, 0) or argument(node, 4, "step", 1) != 1:
         return None
-    return found.at(dim, piece._replace(size=size))
+    return found.at(dim, found.pieces[dim]._replace(size=shape_of(node)[dim]))
 
 
 _STEPS: dict[Any, Any] = {
     aten.clone.default: _through, aten.contiguous.default: _through, aten.detach.default: _through,
     aten.alias.default: _through, aten.to.dtype: _through, aten.to.dtype_layout: _through, aten.to.other: _through,
     aten._to_copy.default: _through, aten.type_as.default: _through,
-    operator.getitem: _through, aten.select.int: _select, aten.index.Tensor: _gather,
+    operator.getitem: _unbound, aten.select.int: _select, aten.index.Tensor: _gather,
     aten.index_select.default: _gather, aten.unsqueeze.default: _unsqueeze, aten.expand.default: _expand,
     aten.expand_as.default: _expand, aten.view.default: _view, aten.reshape.default: _view,
     aten._unsafe_view.default: _view, aten.flatten.using_ints: _view, aten.unflatten.int: _view,

@@ -344,6 +344,15 @@ def renumber(expr: Any, numbers: list[int]) -> Any:
     return expr
 
 
+def slots_of(expr: Any) -> set[int]:
+    """The numbers of the weights in an expression."""
+    if expr[0] in ("lin", "bias"):
+        return {expr[1]} | slots_of(expr[2])
+    if expr[0] == "cut":
+        return slots_of(expr[4])
+    return set().union(*(slots_of(a) for a in expr[2])) if expr[0] == "op" else set()
+
+
 def _add(engine: Engine, node: fx.Node) -> Any:
     """A bias in its own addition; anything else is left to the other rules of ``add``."""
     if argument(node, 2, "alpha", 1) != 1:

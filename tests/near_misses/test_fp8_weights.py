@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from fp8_layers import CutWeights, Loop, blocks, build, tokens
-from support import rewritten
+from fp8_layers import CutWeights, Loop, blocks, build, stays, tokens
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -378,12 +377,4 @@ NEAR = [c for c in Near.__subclasses__()]
 def test_near_misses_stay_as_they_are(form: Any) -> None:
     dtype = torch.bfloat16 if form is Accumulated else torch.float32
     layer = build(form, dtype)
-    before = {name: p.detach().clone() for name, p in layer.named_parameters()}
-    x = tokens(layer, dtype=dtype)
-    outcome = rewritten(layer, x)
-    assert outcome.ops == []
-    (site,) = outcome.sites
-    assert site.code == form.code and form.said in site.reason, (site.code, site.reason)
-    layer.load_state_dict(before, strict=False)
-    with torch.no_grad():
-        assert torch.equal(outcome.out, layer(x))
+    stays(layer, tokens(layer, dtype=dtype), form.code, form.said)
