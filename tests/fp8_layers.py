@@ -206,6 +206,28 @@ class CutWeights(Loop):
         return F.linear(F.silu(F.linear(x, w1[: self.inter])) * F.linear(x, w1[self.inter :]), w2)
 
 
+class Turned(Loop):
+    """Weights stored ``[E, in, out]``; the scales run along with them."""
+
+    turned = True
+
+    def mlp(self, x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None = None) -> Tensor:
+        gate, up = (x @ w1).chunk(2, dim=-1)
+        return (F.silu(gate) * up) @ w2
+
+
+class ScaledOutputs(Loop):
+    """The scales multiply what the linear maps give."""
+
+    def scaled(self, x: Tensor, name: str, e: int) -> Tensor:
+        s = getattr(self, f"s{name}")[e]
+        return F.linear(x, getattr(self, f"w{name}")[e].to(x.dtype)) * (s.squeeze(-1) if s.dim() == 2 else s)
+
+    def expert(self, x: Tensor, e: int) -> Tensor:
+        gate, up = self.scaled(x, "1", e).chunk(2, dim=-1)
+        return self.scaled(F.silu(gate) * up, "2", e)
+
+
 FORMS = (Loop, Mask, WidenedFirst, Gather, GatherWidened, Every)
 
 

@@ -15,6 +15,8 @@ from fp8_layers import (
     Every,
     Gather,
     Loop,
+    ScaledOutputs,
+    Turned,
     WidenedFirst,
     build,
     check,
@@ -54,16 +56,6 @@ def test_gate_and_up_in_two_stacks_in_bfloat16(form: Any, way: str) -> None:
 
 
 # ------------------------------------------------------------------------------------- other ways to the same
-
-
-class Turned(Loop):
-    """Weights stored ``[E, in, out]``; the scales run along with them."""
-
-    turned = True
-
-    def mlp(self, x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None = None) -> Tensor:
-        gate, up = (x @ w1).chunk(2, dim=-1)
-        return (F.silu(gate) * up) @ w2
 
 
 class UpFirst(Loop):
@@ -122,18 +114,6 @@ class Buffers(Loop):
             tensor = getattr(self, name).detach()
             delattr(self, name)
             self.register_buffer(name, tensor)
-
-
-class ScaledOutputs(Loop):
-    """The scales multiply what the linear maps give."""
-
-    def scaled(self, x: Tensor, name: str, e: int) -> Tensor:
-        s = getattr(self, f"s{name}")[e]
-        return F.linear(x, getattr(self, f"w{name}")[e].to(x.dtype)) * (s.squeeze(-1) if s.dim() == 2 else s)
-
-    def expert(self, x: Tensor, e: int) -> Tensor:
-        gate, up = self.scaled(x, "1", e).chunk(2, dim=-1)
-        return self.scaled(F.silu(gate) * up, "2", e)
 
 
 class ScaledEvery(Every):
