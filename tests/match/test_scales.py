@@ -3,40 +3,16 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
+from scaling import FP8, E, K, N, q, read, wide
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from tracing import chosen, engine_of
+from tracing import engine_of
 
 from moe_compile.match import fp8
-from moe_compile.match.facts import Scales, Wt
 from moe_compile.spec import Activation, Experts, MoE, NoMatch, Scale, Weight
-
-E, N, K = 4, 256, 384
-FP8 = torch.float8_e4m3fn
-
-
-def q(*shape: int) -> Tensor:
-    return torch.zeros(*(shape or (E, N, K))).to(FP8)
-
-
-def read(fn: Any, scale: tuple[int, ...], weight: tuple[int, ...] = (), dtype: torch.dtype = torch.float32) -> Any:
-    """The scales of what ``fn(w, s)`` returns, the code of a refusal, or None."""
-    engine, node = engine_of(fn, w_parameter=q(*weight), s_parameter=torch.zeros(scale, dtype=dtype))
-    fact = engine.fact(node)
-    if isinstance(fact, Wt) and isinstance(fact.scales, Scales):
-        assert [a.name for d in fact.dims for a in d if a.name[0] == "w"] in (["w0", "w1"], ["w1", "w0"])
-        return fact.scales.axes, fact.scales.blocks
-    codes = [miss.error.code for miss in engine.misses]
-    return codes[0] if codes else None
-
-
-def wide(w: Tensor) -> Tensor:
-    return w.to(torch.bfloat16)
-
 
 ROWS, COLUMNS = N // 128, K // 128
 SCALED = {
@@ -88,6 +64,39 @@ SCALED = {
         lambda w, s: wide(w) * s[:, :, None, :, None].expand(-1, -1, 128, -1, 128).reshape(E, N, K),
         (E, ROWS, COLUMNS), ((0, 1, 2), (128, 128)),
     ),
+    "the only row": (lambda w, s: wide(w[1]) * s[0], (1, N, 1), ((None, 1, None), (1, 1))),
+    "a row of copies": (lambda w, s: wide(w[1]) * s.expand(E)[1], (1,), ((None, None, None), (1, 1))),
+    "of half of the weight": (lambda w, s: wide(w[1, :128]) * s[1], (E,), ((0, None, None), (1, 1))),
+    "a piece of the parameter": (
+        lambda w, s: wide(w) * s.chunk(2)[1][:, None, None], (2 * E,), ((0, None, None), (1, 1)),
+    ),
+    "vectors without a dimension": (
+        lambda w, s: wide(w[1]) * s[1].repeat_interleave(128)[:, None], (E, ROWS), ((0, 1, None), (128, 1)),
+    ),
+    "block, scales stored turned, by mT": (
+        lambda w, s: wide(w) * s.mT.repeat_interleave(128, 1).repeat_interleave(128, 2),
+        (E, COLUMNS, ROWS), ((0, 2, 1), (128, 128)),
+    ),
+    "block, experts second": (
+        lambda w, s: wide(w) * s.transpose(0, 1).repeat_interleave(128, 1).repeat_interleave(128, 2),
+        (ROWS, E, COLUMNS), ((1, 0, 2), (128, 128)),
+    ),
+    "tiles of repeated scales": (
+        lambda w, s: (wide(w).view(E, ROWS, 128, K) * s.repeat_interleave(128, 1).view(E, ROWS, 128, 1)).view(E, N, K),
+        (E, ROWS), ((0, 1, None), (128, 1)),
+    ),
+    "tiles under a dimension of one": (
+        lambda w, s: (wide(w[1]).view(1, ROWS, 128, K) * s[1].view(1, ROWS, 1, 1)).view(N, K),
+        (E, ROWS), ((0, 1, None), (128, 1)),
+    ),
+    "rows merged with columns": (
+        lambda w, s: (wide(w[1]).view(ROWS, 128, K).flatten(1) * s[1][:, None]).view(N, K),
+        (E, ROWS), ((0, 1, None), (128, 1)),
+    ),
+    "turned tiles, one for all": (
+        lambda w, s: (wide(w).view(E, ROWS, 128, K).transpose(1, 2) * s).transpose(1, 2).reshape(E, N, K),
+        (1,), ((None, None, None), (1, 1)),
+    ),
     "rows of blocks": (
         lambda w, s: wide(w) * s.repeat_interleave(128, 1)[..., None], (E, ROWS), ((0, 1, None), (128, 1)),
     ),
@@ -105,23 +114,8 @@ def test_past_the_end() -> None:
     fn = lambda w, s: wide(w) * s.repeat_interleave(128, 1).repeat_interleave(128, 2)[:, :200, :300]  # noqa: E731
     assert read(fn, (E, 2, 3), (E, 200, 300)) == ((0, 1, 2), (128, 128))
     assert read(fn, (E, 3, 3), (E, 200, 300)) == "MC408"  # one more than there are blocks
-
-
-def test_gathered() -> None:
-    def both(w: Tensor, s: Tensor, ids: Tensor, others: Tensor) -> Tensor:
-        return wide(w[ids]) * s[ids][..., None, None]
-
-    def other(w: Tensor, s: Tensor, ids: Tensor, others: Tensor) -> Tensor:
-        return wide(w[ids]) * s[others][..., None, None]
-
-    def turned(w: Tensor, s: Tensor, ids: Tensor, others: Tensor) -> Tensor:
-        return wide(w[ids]) * s[ids].t()[..., None, None]
-
-    for fn, found in ((both, (0, None, None)), (other, "MC408"), (turned, "MC408")):
-        inputs = dict(w_parameter=q(), s_parameter=torch.zeros(E), ids=chosen(2, 2), others=chosen(2, 2))
-        engine, node = engine_of(fn, **inputs)
-        fact = engine.fact(node)
-        assert (fact.scales.axes if fact is not None else engine.misses[-1].error.code) == found
+    flat = lambda w, s: wide(w) * s.repeat_interleave(128, 1)[:, :200].view(E, 200, 1)  # noqa: E731
+    assert read(flat, (E, 2), (E, 200, 300)) == ((0, 1, None), (128, 1))
 
 
 NOT = {
@@ -147,6 +141,11 @@ NOT = {
     "through float16": (lambda w, s: (wide(w) * s).half().float(), (1,)),
     "scales through float16": (lambda w, s: wide(w) * s.half().float(), (1,)),
     "through integers": (lambda w, s: wide(w) * s.int().float(), (1,)),
+    "of pairs of experts": (lambda w, s: wide(w) * s.repeat_interleave(2, 0)[:E, None, None], (E,)),
+    "an element each, flat": (lambda w, s: wide(w[1]).view(-1) * s[1], (E, N * K)),
+    "of weights cut twice": (lambda w, s: wide(w[1]).view(ROWS, 128, K).view(ROWS, 2, 64, K) * s[1], (E,)),
+    "of experts cut in two": (lambda w, s: wide(w).view(2, 2, N, K) * s, (1,)),
+    "of uneven pieces": (lambda w, s: wide(w[1]).view(96, 2, 512) * s[1], (E,)),
     "repeated by the scales": (lambda w, s: wide(w[:, :1]) * s[:, :, None], (E, N)),
 }  # fmt: skip
 
@@ -168,6 +167,7 @@ SQUARE = {
     "blocks from within one": (
         lambda w, s: wide(w) * s.repeat_interleave(128, 1)[:, 56:, None], (E, 2), (E, 200, K),
     ),
+    "one row for many": (lambda w, s: wide(w) * s[:, :, None], (E, N), (E, 1, K)),
     "copies before blocks": (copies_first, (E, ROWS), (E, N, K)),
     "weights repeated by copies of scales": (copied_rows, (E,), (E, N, K)),
 }  # fmt: skip
@@ -177,23 +177,6 @@ SQUARE = {
 def test_is_not_read_where_sizes_fit(name: str) -> None:
     fn, scale, weight = SQUARE[name]
     assert read(fn, scale, weight) in ("MC408", None)
-
-
-def test_columns_of_scales() -> None:
-    """Scales stored ``[N, E]``, of which a column belongs to an expert."""
-    assert read(lambda w, s: wide(w[1]) * s[:, 1][:, None], (E, E), (E, E, K)) == ((1, 0, None), (1, 1))
-
-    def columns(w: Tensor, s: Tensor, ids: Tensor) -> Tensor:
-        return wide(w[ids]) * s.t()[ids][..., None]
-
-    def rows_of_columns(w: Tensor, s: Tensor, ids: Tensor) -> Tensor:
-        return wide(w[ids]) * s[1][ids][..., None, None]
-
-    inputs = dict(w_parameter=q(E, E, K), s_parameter=torch.zeros(E, E), ids=chosen(2, 2))
-    engine, node = engine_of(columns, **inputs)
-    assert engine.fact(node).scales.axes == (1, 0, None)
-    engine, node = engine_of(rows_of_columns, **inputs)
-    assert engine.fact(node) is None
 
 
 @pytest.mark.parametrize("name", NOT)
@@ -215,6 +198,19 @@ def test_activations_in_fp8_are_no_weights() -> None:
     """Neither a parameter nor a stack: hidden states that pass through fp8."""
     engine, node = engine_of(lambda x: x.to(FP8).to(torch.float32) * 2, x=torch.zeros(5, 8))
     assert engine.fact(node) is None and not engine.misses
+
+
+def test_a_channel_cut_into_tiles() -> None:
+    """No copies: a place of the channel would be lost."""
+    fn = lambda w, s: wide(w).view(E, ROWS, 128, K) * s.view(E, ROWS, 128, 1)  # noqa: E731
+    engine, _ = engine_of(fn, w_parameter=q(), s_parameter=torch.zeros(E, N))
+    assert "which is not read as their scales" in engine.misses[-1].error.reason
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_widened_scales_keep_their_numbers(dtype: torch.dtype) -> None:
+    fn = lambda w, s: (w.float() * s.float()[:, None, None]).to(torch.bfloat16)  # noqa: E731
+    assert read(fn, (E,), dtype=dtype) == ((0, None, None), (1, 1))
 
 
 def test_scales_that_depend_on_the_input_are_not_read() -> None:
