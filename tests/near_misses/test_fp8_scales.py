@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from fp8_layers import FP8, Gather, Loop, WidenedFirst, blocks, stays, tokens
 from scaled import CHANNEL, SMALL, SQUARE, Near, picked, row, wide
-from torch import Tensor
+from torch import Tensor, nn
 
 NOT_READ = "which is not read as their scales"
 COUNTED = "the scales of fp8 weights are counted by something else than the weights"
@@ -128,3 +130,30 @@ def test_near_misses_stay_as_they_are(name: str) -> None:
     near = NEAR[name]
     layer = near.layer()
     stays(layer, tokens(layer, dtype=near.dtype), near.code, near.said)
+
+
+def test_a_number_of_the_parameters() -> None:
+    """``item()`` in the graph is a number that depends on parameters alone, and no tensor."""
+    layer = Near(Loop, NOT_READ, wide(lambda w, s, x: w.to(x.dtype) * s.item()), options=SMALL).layer()
+    layer.s1, layer.s2 = (nn.Parameter(torch.tensor(0.5)) for _ in range(2))
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        stays(layer, tokens(layer), "MC408", NOT_READ)
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [
+        lambda self, s, e: s[self.count % 4],
+        lambda self, s, e: s[e].view(1).repeat_interleave(self.count)[:1],
+    ],
+    ids=["row", "copies"],
+)
+def test_by_the_number_of_tokens(scale: Any) -> None:
+    """A number that differs from call to call."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        self.count = x.shape[0]
+        return Loop.forward(self, x)
+
+    layer = Near(Loop, NOT_READ, row(scale) | {"forward": forward}, options=SMALL).layer()
+    stays(layer, tokens(layer), "MC408", NOT_READ, dynamic=True)
