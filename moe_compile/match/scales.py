@@ -193,7 +193,7 @@ def _axis(pieces: dict[str, Piece], shape: tuple[Any, ...], node: fx.Node) -> Pi
     """How the scales run along one dimension of the matrix, given by the names of its parts."""
     piece = merged([p for p in pieces.values() if not same(p.size, 1)])
     turned = list(pieces) != sorted(pieces, reverse=True)  # ``w0i`` before ``w0o``: neighbours do not share a scale
-    if piece is None or isinstance(piece.dim, tuple) or (turned and piece.dim is not None):
+    if piece is None or (turned and piece.dim is not None):
         raise refuse("MC408", "the scales of fp8 weights do not run along blocks of neighbours", node)
     if piece.dim is not None and shape[piece.dim] != -(-piece.size // piece.block):
         blocks = f"{shape[piece.dim]} scales for {piece.size} features in blocks of {piece.block}"

@@ -176,7 +176,7 @@ def _view(engine: Engine, node: fx.Node, found: Spread) -> Spread | None:
             first = left.pop(0)
             if first.dim is None and all(isinstance(n, int) for n in (first.size, _size(taken), size)):
                 rest, over = divmod(size, _size(taken))
-                if not over and first.size > rest and first.size % rest == 0:  # copies can be cut anywhere
+                if not over and first.size % rest == 0:  # copies can be cut anywhere
                     left.insert(0, Piece(None, first.size // rest))
                     first = Piece(None, rest)
             taken.append(first)

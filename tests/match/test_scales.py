@@ -67,6 +67,13 @@ SCALED = {
     "the only row": (lambda w, s: wide(w[1]) * s[0], (1, N, 1), ((None, 1, None), (1, 1))),
     "a row of copies": (lambda w, s: wide(w[1]) * s.expand(E)[1], (1,), ((None, None, None), (1, 1))),
     "of half of the weight": (lambda w, s: wide(w[1, :128]) * s[1], (E,), ((0, None, None), (1, 1))),
+    "rounded like the weights": (
+        lambda w, s: wide(w) * s.bfloat16().contiguous()[:, None, None], (E,), ((0, None, None), (1, 1)),
+    ),
+    "copies cut into tiles": (
+        lambda w, s: (wide(w).view(E, ROWS, 128, K) * s.expand(E, N).reshape(E, ROWS, 128, 1)).view(E, N, K),
+        (E, 1), ((0, None, None), (1, 1)),
+    ),
     "a piece of the parameter": (
         lambda w, s: wide(w) * s.chunk(2)[1][:, None, None], (2 * E,), ((0, None, None), (1, 1)),
     ),
@@ -145,6 +152,7 @@ NOT = {
     "an element each, flat": (lambda w, s: wide(w[1]).view(-1) * s[1], (E, N * K)),
     "of weights cut twice": (lambda w, s: wide(w[1]).view(ROWS, 128, K).view(ROWS, 2, 64, K) * s[1], (E,)),
     "of experts cut in two": (lambda w, s: wide(w).view(2, 2, N, K) * s, (1,)),
+    "uneven copies": (lambda w, s: wide(w) * s.expand(6, 2).reshape(4, 3)[0, 0], (1,)),
     "of uneven pieces": (lambda w, s: wide(w[1]).view(96, 2, 512) * s[1], (E,)),
     "repeated by the scales": (lambda w, s: wide(w[:, :1]) * s[:, :, None], (E, N)),
 }  # fmt: skip
@@ -209,7 +217,7 @@ def test_a_channel_cut_into_tiles() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_widened_scales_keep_their_numbers(dtype: torch.dtype) -> None:
-    fn = lambda w, s: (w.float() * s.float()[:, None, None]).to(torch.bfloat16)  # noqa: E731
+    fn = lambda w, s: (w.float() * s.contiguous().float()[:, None, None]).to(torch.bfloat16)  # noqa: E731
     assert read(fn, (E,), dtype=dtype) == ((0, None, None), (1, 1))
 
 

@@ -41,6 +41,10 @@ def lanes_up_first(self: Any, x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
     return F.linear(F.silu(h[..., 1::2]) * h[..., ::2], w2)
 
 
+def every_second(self: Any, x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+    return F.linear(F.relu(F.linear(x, w1[::2])), w2)
+
+
 def halves(self: Any, x: Tensor, e: int) -> Tensor:
     """Gate and up have a scale each, which is no scale per channel, block or tensor."""
     h = F.linear(x, self.w1[e].to(x.dtype)).unflatten(1, (2, -1)) * self.s1[e]
@@ -94,6 +98,15 @@ OUTPUTS = {
 }  # fmt: skip
 
 WEIGHTS = {
+    "half of a weight": Near(
+        Loop, "a slice of fp8 weights is scaled",
+        wide(lambda w, s, x: w.to(x.dtype)[: len(s)] * s)
+        | {"mlp": lambda self, x, w1, w2: F.linear(F.silu(F.linear(x, w1)), w2)},
+        {"s1": (4, 16, 1)}, CHANNEL,
+    ),
+    "every second row of blocks": Near(
+        Loop, "fp8 weights are cut at 0:512, and 128 features share a scale", {"mlp": every_second}, options=SQUARE
+    ),
     "half of a turned weight": Near(
         Turned, "a slice of fp8 weights is scaled",
         wide(lambda w, s, x: w.to(x.dtype)[:, : s.shape[-1]] * s)

@@ -83,6 +83,9 @@ NUMBERS = {
         Loop, NOT_READ, wide(lambda w, s, x: w.to(x.dtype) * s.bfloat16().half()), options=CHANNEL,
         dtype=torch.float16,
     ),
+    "through fp8": Near(
+        Loop, NOT_READ, wide(lambda w, s, x: w.to(x.dtype) * s.to(FP8).to(x.dtype)), options=CHANNEL
+    ),
     "weights through bfloat16": Near(
         Loop, "scaled fp8 weights are rounded to bfloat16 and widened again",
         wide(lambda w, s, x: (w.to(x.dtype) * s).bfloat16().to(x.dtype)), options=CHANNEL,

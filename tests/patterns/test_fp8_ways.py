@@ -71,6 +71,13 @@ def test_is_rewritten(form: Any, way: str) -> None:
     check(layer, tokens(layer))
 
 
+def test_in_float64() -> None:
+    """Only the kernels of a GPU add in float32."""
+    layer = build(Loop, torch.float64, way="block")
+    layer.multiply = lambda w, s, dtype, inner=layer.multiply: inner(w, s.to(dtype), dtype)
+    check(layer, tokens(layer, dtype=torch.float64))
+
+
 def test_copies_for_every_pair() -> None:
     layer = build(EveryPair, way="shared", hidden=24, inter=16)
     x = tokens(layer)
