@@ -68,7 +68,7 @@ SCALED = {
     "a row of copies": (lambda w, s: wide(w[1]) * s.expand(E)[1], (1,), ((None, None, None), (1, 1))),
     "of half of the weight": (lambda w, s: wide(w[1, :128]) * s[1], (E,), ((0, None, None), (1, 1))),
     "rounded like the weights": (
-        lambda w, s: wide(w) * s.bfloat16().contiguous()[:, None, None], (E,), ((0, None, None), (1, 1)),
+        lambda w, s: wide(w) * s.bfloat16().clone()[:, None, None], (E,), ((0, None, None), (1, 1)),
     ),
     "copies cut into tiles": (
         lambda w, s: (wide(w).view(E, ROWS, 128, K) * s.expand(E, N).reshape(E, ROWS, 128, 1)).view(E, N, K),
@@ -217,7 +217,7 @@ def test_a_channel_cut_into_tiles() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_widened_scales_keep_their_numbers(dtype: torch.dtype) -> None:
-    fn = lambda w, s: (w.float() * s.contiguous().float()[:, None, None]).to(torch.bfloat16)  # noqa: E731
+    fn = lambda w, s: (w.float() * s.clone().float()[:, None, None]).to(torch.bfloat16)  # noqa: E731
     assert read(fn, (E,), dtype=dtype) == ((0, None, None), (1, 1))
 
 
