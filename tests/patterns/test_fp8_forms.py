@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import moe_compile
-from moe_compile import report
+from moe_compile import report, torch_compat
 from moe_compile.match import fp8
 from moe_compile.spec import NoMatch
 
@@ -193,7 +193,7 @@ def test_one_dynamic_graph_serves_every_size(count: int) -> None:
 
 def test_many_experts_are_traced_as_two() -> None:
     """A loop that is shrunk to experts 0 and 1 (``loops/shrinking``) grows back with the scales of each."""
-    layer = build(Loop, way="channel", experts=40, hidden=24, inter=16)
+    layer = build(Loop, way="channel", experts=12, hidden=24, inter=16)
     check(layer, tokens(layer))
 
 
@@ -262,7 +262,9 @@ def test_a_stack_widened_in_an_unknown_way_is_a_plain_weight() -> None:
 
 
 @pytest.mark.parametrize("asks", ["x", "scale"])
-def test_where_gradients_are_needed_the_original_stays(asks: str) -> None:
+def test_where_gradients_are_needed_the_original_stays(asks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # C++ for the original and its gradients would take most of the time
+    monkeypatch.setattr(torch_compat, "inductor", lambda gm, *rest: gm.forward)
     layer = build(Loop)
     for p in layer.parameters():
         p.requires_grad_(False)
