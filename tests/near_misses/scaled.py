@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-from fp8_layers import build
+from fp8_layers import build, stays, tokens
 from torch import Tensor, nn
 
 SQUARE = {"way": "block", "hidden": 256, "inter": 256}
@@ -32,6 +32,11 @@ class Near(NamedTuple):
             given = tensor if isinstance(tensor, Tensor) else torch.rand(tensor) + 0.5
             setattr(made, name, nn.Parameter(given, requires_grad=False))
         return made
+
+    def stays(self) -> None:
+        """Assert that the layer is refused for what is said, and computes as before."""
+        layer = self.layer()
+        stays(layer, tokens(layer, dtype=self.dtype), self.code, self.said)
 
 
 def picked(scale: Any) -> dict[str, Any]:
