@@ -20,12 +20,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 when it ended well, 1 when something is wrong, 2 for a wrong command line."""
     arguments = _parser().parse_args(argv)
     # The commands print their report: the same refusals as log lines would only repeat it.
-    logging.getLogger("moe_compile.report").setLevel(logging.ERROR)
+    log = logging.getLogger("moe_compile.report")
+    level = log.level
+    log.setLevel(logging.ERROR)
     try:
         return int(arguments.run(arguments))
     except UsageError as error:
         print(f"moe_compile: {error}", file=sys.stderr)
         return 2
+    finally:
+        log.setLevel(level)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,16 @@ def test_explain(model: str, capsys: pytest.CaptureFixture[str], tmp_path: Path)
     assert cli.main(["explain", f"{model}:make_model", "--html", str(page)]) == 0
     assert capsys.readouterr().out.startswith("moe_compile: 1 of 1 MoE candidate rewritten")
     assert page.read_text().startswith("<!doctype html>")
+
+
+def test_a_command_called_from_python_leaves_the_log_as_it_was(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = logging.getLogger("moe_compile.report")
+    monkeypatch.setattr(log, "level", logging.INFO)
+    within: list[int] = []
+    monkeypatch.setattr(cli, "load_target", lambda _: within.append(log.level) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["explain", f"{model}:make_plain"])
+    assert (within, log.level) == ([logging.ERROR], logging.INFO)
 
 
 def test_explain_json_with_keywords(model: str, capsys: pytest.CaptureFixture[str]) -> None:

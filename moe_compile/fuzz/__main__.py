@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .axes import changed, from_dict
 from .judge import Verdict, judge
-from .runner import case_of, quiet, run, summary
+from .runner import case_of, quietly, run, summary
 from .shrink import shrink
 from .source import source_of
 
@@ -18,7 +18,11 @@ from .source import source_of
 def main(argv: Sequence[str] | None = None) -> int:
     """0 when no program was rewritten wrongly and none crashed, else 1."""
     a = _parser().parse_args(argv)
-    quiet()
+    with quietly():
+        return _run(a)
+
+
+def _run(a: argparse.Namespace) -> int:
     if a.case is not None or a.replay is not None:
         case = from_dict(json.loads(a.case)) if a.case is not None else case_of(a.replay, a.negative, a.loops)
         verdict = judge(case)

@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +24,7 @@ from .mutations import applicable, sizes
 from .source import source_of
 from .writes import WRITES
 
+QUIET = ("moe_compile", *LOGGERS)
 SOME_WRITES = 0.4
 RECYCLE = 150  # cases per worker process: Dynamo keeps some memory of every program
 
@@ -59,8 +61,21 @@ def _compiles(source: str) -> bool:
 def quiet() -> None:
     """A worker of its own: one thread, and no log lines about programs that are meant to be odd."""
     torch.set_num_threads(1)
-    for name in ("moe_compile", *LOGGERS):
+    for name in QUIET:
         logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """``quiet`` inside the ``with`` block only: whoever calls the command from Python keeps threads and log levels."""
+    threads, levels = torch.get_num_threads(), [logging.getLogger(name).level for name in QUIET]
+    quiet()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        for name, level in zip(QUIET, levels, strict=True):
+            logging.getLogger(name).setLevel(level)
 
 
 def run(cases: Iterable[Case], workers: int = 1, total: int | None = None) -> Iterator[Verdict]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from moe_compile.fuzz.forms import FORMS
 from moe_compile.fuzz.judge import judge
 from moe_compile.fuzz.mutations import MUTATIONS, applicable
 from moe_compile.fuzz.program import program, recorded
-from moe_compile.fuzz.runner import case_of, mutated_case, run, summary
+from moe_compile.fuzz.runner import QUIET, case_of, mutated_case, run, summary
 from moe_compile.fuzz.shrink import shrink
 from moe_compile.fuzz.source import source_of
 from moe_compile.fuzz.tracing import traced
@@ -241,10 +242,19 @@ def test_results_add_up():
     assert result["values"]["activation"] == {"silu": 1, "gelu": 1} and 0 < result["pair_coverage"] < 0.2
 
 
-def test_the_command_replays_a_case(capsys, tmp_path):
+def levels():
+    return torch.get_num_threads(), [logging.getLogger(name).level for name in QUIET]
+
+
+def test_the_command_replays_a_case(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(logging.getLogger(QUIET[0]), "level", logging.INFO)
+    before = levels()
+    quiet_there = []
+    monkeypatch.setattr(command, "judge", lambda case: quiet_there.append(levels()) or judge(case))
     assert command.main(["--case", json.dumps({"form": "gather_einsum", "layout": "stacked"})]) == 0
     shown = capsys.readouterr().out
     assert "seed 0: ok, 1 rewritten" in shown and "class MoE(nn.Module)" in shown
+    assert quiet_there == [(1, [logging.CRITICAL] * len(QUIET))] and levels() == before
     out = tmp_path / "result.json"
     assert command.main(["--seed", "2", "--count", "1", "--json", str(out)]) == 0
     assert json.loads(out.read_text())["programs"] == 1
