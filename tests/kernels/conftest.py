@@ -7,6 +7,7 @@ without a GPU can have used them.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -99,3 +100,18 @@ def _one_patch_per_launch() -> None:
         return known[plain]
 
     interpreter._get_np_dtype = np_dtype
+
+
+@pytest.fixture(autouse=True)
+def _overflow_where_layouts_vary(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter computes every 32-bit sum and product of integers twice, to see whether it overflows.
+
+    That is a third of its time. All sizes here are small: it is enough where every path meets every layout.
+    """
+    if torch.cuda.is_available():
+        return
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    options = dataclasses.replace(builder.options, sanitize_overflow=request.function.__name__ == "test_layouts")
+    monkeypatch.setattr(builder, "options", options)
