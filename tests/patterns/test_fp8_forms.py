@@ -263,7 +263,7 @@ def test_a_stack_widened_in_an_unknown_way_is_a_plain_weight() -> None:
 
 @pytest.mark.parametrize("asks", ["x", "scale"])
 def test_where_gradients_are_needed_the_original_stays(asks: str) -> None:
-    layer = build(Loop)
+    layer = build(Loop, experts=2, top_k=1)
     for p in layer.parameters():
         p.requires_grad_(False)
     x = tokens(layer)
