@@ -13,6 +13,7 @@ time: where the tests are of matching, and not of what users call, it is off.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import logging
 from pathlib import Path
@@ -27,6 +28,7 @@ def pytest_collection_finish() -> None:
 
     gc.collect()
     gc.freeze()
+    atexit.register(gc.unfreeze)  # what is left at the end is no leak
     gc.set_threshold(100_000, 50, 100)
     config.run_gc_after_compile = False
     guards.profile_guard_manager = lambda *_: 0.0
@@ -38,7 +40,3 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
     folder = item.path.relative_to(Path(__file__).parent).parts[0]
     config.fake_tensor_cache_enabled = folder not in MATCHING
-
-
-def pytest_unconfigure() -> None:
-    gc.unfreeze()  # what is left at the end is no leak
