@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import capture, huggingface, torch_compat, torch_hooks
+from . import capture, huggingface, torch_compat
 from .config import OptionError, Options, enabled, split_options
 from .report import REFUSED, Site, record
 from .rewriting import Result, analyse_graph, rewrite_graph
@@ -88,7 +88,7 @@ def attempt(gm: fx.GraphModule, options: Options) -> Result:
     """Rewrite ``gm`` in place; whatever goes wrong leaves it as it was and becomes a report row."""
     try:
         result = analyse_graph(gm) if options.dryrun else rewrite_graph(gm)
-    except torch_hooks.TraceAgain:
+    except torch_compat.TraceAgain:
         raise
     except Exception as error:  # a bug of ours must not fail the user's compile
         log.warning("rewrite failed, the original program runs: %s: %s", type(error).__name__, error)

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import torch_hooks
+from . import torch_compat
 from .loops import substitution
 
 
 def install(backend: Any) -> None:
     """Turn the capture on for compilations with ``backend``; idempotent."""
-    torch_hooks.add_backend(backend)
-    torch_hooks.scope_dynamic_capture(torch_hooks.is_our_backend)
-    torch_hooks.substitute_code(
-        torch_hooks.is_our_backend, substitution.begin, substitution.choose, substitution.retreat
+    torch_compat.add_backend(backend)
+    torch_compat.scope_dynamic_capture(torch_compat.is_our_backend)
+    torch_compat.substitute_code(
+        torch_compat.is_our_backend, substitution.begin, substitution.choose, substitution.retreat
     )

@@ -14,7 +14,7 @@ from moe_compile import breaks, torch_breaks
 from moe_compile.backend import attempt, moe_compile
 from moe_compile.config import AS_WRITTEN, Options
 from moe_compile.report import NOT_CAPTURED, Report, Site, collect, record
-from moe_compile.torch_hooks import TraceAgain
+from moe_compile.torch_compat import TraceAgain
 
 
 def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:

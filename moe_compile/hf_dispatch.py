@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import hf_trace, report, torch_hooks
+from . import hf_trace, report, torch_compat
 from .config import OptionError, Options, split_options
 from .hf_classes import FAMILIES
 from .hf_family import Family, How, form_of
@@ -64,7 +64,7 @@ def _how(found: Recognised | None, kernels: str) -> How:
 def _kernels(given: str | None) -> str:
     """What the op for fp8 weights is told: by ``optimize``, else by ``torch.compile``, else by the environment."""
     try:
-        return given or Options.resolve(split_options(torch_hooks.current_options())[0]).kernels
+        return given or Options.resolve(split_options(torch_compat.current_options())[0]).kernels
     except OptionError:  # the backend raises it, outside of the trace
         return "auto"
 

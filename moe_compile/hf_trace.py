@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .torch_hooks import current_backend, is_our_backend
+from .torch_compat import current_backend, is_our_backend
 
 
 @torch.compiler.assume_constant_result

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import hf_trace, quantizing, torch_hooks
+from . import hf_trace, quantizing, torch_compat
 from .config import OptionError, Options, enabled
 from .hf_classes import FAMILIES, STACKED, defining_class
 from .hf_dispatch import check, dispatch, eager_verdict, record_refused, run_traced
@@ -78,7 +78,7 @@ def install_hook(*backends: Any) -> None:
         backends: backend callables as given to ``torch.compile`` or registered under a name.
     """
     for backend in backends:
-        torch_hooks.add_backend(backend)
+        torch_compat.add_backend(backend)
     hf_trace.after_import(_INTERFACE, _hook_interface)
     hf_trace.after_import(_FP8, _register_fp8)
     for key in FAMILIES:

@@ -8,7 +8,7 @@ from moe_compile.patterns.index_add_loop import WhereIndexAdd
 from support import rewritten
 from torch import nn
 
-from moe_compile import capture, torch_hooks
+from moe_compile import capture, torch_compat
 
 
 def graphs_under(backend_name_or_fn, model, x):
@@ -69,7 +69,7 @@ def test_wrapped_backends_are_recognised():
     class Wrapper:
         _torchdynamo_orig_backend = staticmethod(inner)
 
-    assert not torch_hooks.is_our_backend(Wrapper())
+    assert not torch_compat.is_our_backend(Wrapper())
     capture.install(inner)
-    assert torch_hooks.is_our_backend(inner) and torch_hooks.is_our_backend(Wrapper())
-    assert not torch_hooks.is_our_backend(None)
+    assert torch_compat.is_our_backend(inner) and torch_compat.is_our_backend(Wrapper())
+    assert not torch_compat.is_our_backend(None)

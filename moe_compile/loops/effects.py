@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from .. import torch_hooks
+from .. import torch_compat
 
 
 class _State(threading.local):
@@ -34,11 +34,11 @@ def changed() -> bool:
 
 def remember(ctx: Any) -> None:
     """Called through ``comptime`` where a block begins."""
-    _state.stack.append(torch_hooks.python_mutations(ctx))
+    _state.stack.append(torch_compat.python_mutations(ctx))
 
 
 def compare(ctx: Any) -> None:
     """Called through ``comptime`` where it ends."""
     before = _state.stack.pop() if _state.stack else None
-    if before != torch_hooks.python_mutations(ctx):
+    if before != torch_compat.python_mutations(ctx):
         _state.changed = True

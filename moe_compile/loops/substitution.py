@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple, NoReturn
 
-from .. import torch_breaks, torch_hooks
+from .. import torch_breaks, torch_compat
 from . import effects
 from .rewriting import Function
 from .shrinking import shrink
@@ -87,7 +87,7 @@ def retreat(sites: Iterable[int] | None = None, bottom: bool = False) -> bool:
 
     ``bottom``: the source as it was written comes next.
 
-    The next attempt to trace the frame meets the next lower level: ``torch_hooks.TraceAgain`` starts it.
+    The next attempt to trace the frame meets the next lower level: ``torch_compat.TraceAgain`` starts it.
     """
     trace = _current.trace
     if trace is None:
@@ -112,7 +112,7 @@ def trace_again(sites: Iterable[int], why: Miss | None = None, bottom: bool = Fa
         _misses.update(dict.fromkeys(numbers, why))
     if not retreat(sites, bottom) and not retreat(None, bottom):
         raise AssertionError("a graph has marks of rewritten loops, but no function was rewritten")
-    raise torch_hooks.TraceAgain("a loop over experts is not what it looked like")
+    raise torch_compat.TraceAgain("a loop over experts is not what it looked like")
 
 
 def miss(file: str, line: int) -> Miss | None:
@@ -123,7 +123,7 @@ def miss(file: str, line: int) -> Miss | None:
 
 @lru_cache(maxsize=4096)
 def _may_loop(code: types.CodeType) -> bool:
-    return "/torch/" not in code.co_filename and torch_hooks.has_loop(code)
+    return "/torch/" not in code.co_filename and torch_compat.has_loop(code)
 
 
 def _number_of(code: types.CodeType) -> int:

@@ -11,7 +11,7 @@ from foreign import transformers_loops as hf
 from foreign.parts import H
 from support import assert_accurate, relative, rewritten
 
-from moe_compile import torch_hooks
+from moe_compile import torch_compat
 
 REWRITTEN = "rewritten"
 
@@ -50,7 +50,7 @@ BF16 = {deepseek_remote.DeepSeekGrouped, pipelines.Titan}  # torch._grouped_mm t
 
 @pytest.mark.parametrize("layer_class", TABLE, ids=lambda c: c.__name__)
 def test_what_becomes_of_it(layer_class, monkeypatch):
-    monkeypatch.setattr(torch_hooks, "_without_capture", [])  # some classes of the table share a forward
+    monkeypatch.setattr(torch_compat, "_without_capture", [])  # some classes of the table share a forward
     expected, tokens, why = TABLE[layer_class]
     torch.manual_seed(0)
     layer, x = layer_class().eval(), torch.randn(*tokens, H)
