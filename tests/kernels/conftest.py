@@ -7,7 +7,6 @@ without a GPU can have used them.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -100,19 +99,3 @@ def _one_patch_per_launch() -> None:
         return known[plain]
 
     interpreter._get_np_dtype = np_dtype
-
-
-@pytest.fixture(autouse=True)
-def _overflow_where_layouts_vary(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter computes every 32-bit sum and product of integers twice, to see whether it overflows.
-
-    That is a third of its time. In the two files that take most of it, this is done where every path meets every
-    layout; sizes are small everywhere here.
-    """
-    if torch.cuda.is_available() or request.path.stem not in ("test_scaled", "test_tma"):
-        return
-    if request.function.__name__ != "test_layouts":
-        from triton.runtime import interpreter
-
-        builder = interpreter.interpreter_builder
-        monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=False))

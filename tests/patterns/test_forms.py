@@ -87,7 +87,7 @@ def test_one_dynamic_graph_serves_every_size(form, example):
 def test_other_sizes(form, example):
     """K = 1, K = E, and odd feature sizes; every expert of a loop costs time in Dynamo."""
     few = dict(experts=3)
-    for sizes in (dict(top_k=1, **few), dict(top_k=3, **few), dict(hidden=24, inter=56, top_k=3)):
+    for sizes in (dict(top_k=1, **few), dict(top_k=3, **few), dict(hidden=24, inter=56, experts=5, top_k=3)):
         layer = build(form, example, **sizes)
         x = tokens(layer, 5)
         outcome = rewritten(layer, x)
