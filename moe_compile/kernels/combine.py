@@ -102,7 +102,7 @@ def _launch(
     start: Start,
 ) -> Tensor:
     tokens, hidden = pairs // top_k, rows.shape[1]
-    out = rows.new_empty(tokens, hidden, dtype=out_dtype)
+    out = start.empty(rows, tokens, hidden, dtype=out_dtype)
     if tokens == 0 or hidden == 0:
         return out
 

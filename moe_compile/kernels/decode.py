@@ -153,7 +153,7 @@ def decode_projection(
     """
     tokens, top_k = ids.shape
     pairs = tokens * top_k
-    out = x.new_empty(pairs, projection.columns, dtype=dtype)
+    out = start.empty(x, pairs, projection.columns, dtype=dtype)
     if pairs == 0:
         return out
 

@@ -182,7 +182,7 @@ def gemv_up(
 ) -> Tensor:
     """Tokens ``x [T, D]`` -> ``[P, N]`` in the order of the pairs; twin: ``grouped.projection_twin``."""
     pairs, top_k = ids.numel(), ids.shape[1]
-    out = x.new_empty(pairs, projection.columns)
+    out = start.empty(x, pairs, projection.columns)
     if pairs == 0:
         return out
     n, d = projection.columns, projection.depth
@@ -208,7 +208,7 @@ def gemv_down(
 ) -> Tensor:
     """Pairs ``rows [P, D]`` -> ``[T, N]``: down projection and weighted sum in one launch."""
     tokens, top_k = ids.shape
-    out = rows.new_empty(tokens, projection.columns, dtype=out_dtype)
+    out = start.empty(rows, tokens, projection.columns, dtype=out_dtype)
     if tokens == 0:
         return out
     n, d = projection.columns, projection.depth

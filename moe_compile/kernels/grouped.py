@@ -171,7 +171,7 @@ def _launch(
     quant: Quant = PLAIN_ROWS,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    out = x.new_empty(pairs, projection.columns, dtype=dtype)  # [P, N]
+    out = start.empty(x, pairs, projection.columns, dtype=dtype)  # [P, N]
     if pairs == 0:
         return out
 

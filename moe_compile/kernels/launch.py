@@ -1,4 +1,4 @@
-"""How kernels are launched: as dependents of the one before, and the second time without Triton's binding.
+"""How kernels are launched: as dependents of the one before.
 
 Programmatic dependent launch: the next kernel comes up while the last one ends (CUDA programming guide, 7.x).
 
@@ -6,9 +6,6 @@ Every kernel of this package calls ``follow`` before it touches anything that an
 anything. All programs wait, those without work too: then "the kernel before me has ended" means that all kernels
 before it have. What lies before the wait may read only what the kernel before last had finished: that one had
 ended before this one could be launched, because every kernel waits before it lets the next one come up.
-
-Binding: Triton looks at every argument of every launch to find the kernel that it has compiled, which takes longer
-than a small layer. ``Kernels`` keeps what it found for all calls that are alike.
 
 Instead of launching: inside ``noting`` every launch is handed to a function and left out (``ahead``, for warm-up).
 What such calls return is memory that nobody wrote.
@@ -32,8 +29,9 @@ from triton import JITFunction
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 CAPABILITY = 9  # the first major version of devices that have it
-DEPENDENT: dict[str, Any] = {"PDL": True, "launch_pdl": True}
-PLAIN: dict[str, Any] = {"PDL": False}
+# multiply and add in one instruction, as all figures were measured: Triton will not do so unasked from 3.10 on
+PLAIN: dict[str, Any] = {"PDL": False, "enable_fp_fusion": True}
+DEPENDENT: dict[str, Any] = {"PDL": True, "launch_pdl": True, "enable_fp_fusion": True}
 
 
 @triton.jit
@@ -61,9 +59,6 @@ class Launch(NamedTuple):
     kernel: Any
     grid: tuple[int, ...]
     constants: dict[str, Any]
-
-
-Start = Callable[..., None]  # ``start(make, *args)`` launches ``make()`` with run-time arguments ``args``
 
 
 Note = Callable[[Launch, tuple[Any, ...]], None]  # takes a launch and its run-time arguments
@@ -104,67 +99,20 @@ def settled(kernel: Any) -> Any:
     return kernel
 
 
-def once(make: Callable[[], Launch], *args: Any) -> None:
-    """Launch, as Triton does it."""
-    launch, note = make(), _note.get()
-    if note is not None:
-        note(launch, args)
-        return
-    settled(launch.kernel)[launch.grid](*args, **launch.constants)
-
-
-class Kernels:
-    """The compiled kernels of calls that are alike, in the order of their launches.
-
-    Alike: equal in everything that a launch or the compiler depends on, but for the addresses and contents of tensors.
-    That is the shapes, strides, dtypes and device of all tensors, and whether each starts on 16 bytes.
-    """
-
-    __slots__ = ("ready",)
-
-    def __init__(self) -> None:
-        self.ready: tuple[tuple[Any, tuple[Any, ...]], ...] = ()
-
-    def call(self) -> Call:
-        """What starts the kernels of one call."""
-        return Call(self) if _note.get() is None else NotedCall(self)
-
-
-class Call:
-    """A ``Start`` for one call: the first of its like launches through Triton and keeps the kernels it finds."""
-
-    __slots__ = ("_found", "_kernels", "_ready")
-
-    def __init__(self, kernels: Kernels) -> None:
-        self._kernels = kernels
-        self._ready = iter(kernels.ready) if kernels.ready else None
-        self._found: list[tuple[Any, tuple[Any, ...]]] = []
+class Start:
+    """What starts the kernels of one call in a row and gives them memory: as Triton and torch do it."""
 
     def __call__(self, make: Callable[[], Launch], *args: Any) -> None:
-        """``make`` is asked in the first call only."""
-        if self._ready is not None:
-            run, rest = next(self._ready)
-            run(*args, *rest)
+        """Launch ``make()`` with run-time arguments ``args``."""
+        launch, note = make(), _note.get()
+        if note is not None:
+            note(launch, args)
             return
-        kernel, grid, constants = make()
-        compiled = settled(kernel)[grid](*args, **constants)
-        if compiled is not None:  # the interpreter compiles nothing
-            names = kernel.arg_names[len(args) :]
-            self._found.append((compiled[(*grid, 1, 1)[:3]], tuple(constants[name] for name in names)))
+        settled(launch.kernel)[launch.grid](*args, **launch.constants)
 
-    def end(self) -> None:
-        """All kernels of the call were launched: later calls may use what this one found."""
-        if self._ready is None:
-            self._kernels.ready = tuple(self._found)
+    def empty(self, like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Uninitialised memory that a kernel of this call fills, on the device of ``like``."""
+        return like.new_empty(shape, dtype=dtype)
 
 
-class NotedCall(Call):
-    """A call that launches nothing, hence finds no kernels that later calls could use."""
-
-    __slots__ = ()
-
-    def __call__(self, make: Callable[[], Launch], *args: Any) -> None:
-        once(make, *args)
-
-    def end(self) -> None:
-        """Nothing is kept."""
+once = Start()

@@ -50,7 +50,7 @@ def permute_kernel(
 def permute(x: Tensor, position: Tensor, offsets: Tensor, top_k: int, start: Start = once) -> Tensor:
     """Tokens ``x [T, H]``, ``position [P]`` of every pair -> ``[P, H]``; rows past the valid ones stay unwritten."""
     (tokens, hidden), pairs = x.shape, position.shape[0]
-    out = x.new_empty(pairs, hidden)
+    out = start.empty(x, pairs, hidden)
     if pairs == 0 or hidden == 0:
         return out
 

@@ -62,7 +62,7 @@ def quantize_kernel(
     inside = here[:, None, None] & (c < H)[None, :, :]
     follow(PDL)
     v = tl.load(x + t.to(tl.int64)[:, None, None] * x_stride + c[None, :, :], mask=inside, other=0.0)
-    q, s = to_fp8(v.to(tl.float32), 2)  # [BM, BG, 128], [BM, BG]
+    q, s = to_fp8(v.to(tl.float32), 2, True)  # [BM, BG, 128], [BM, BG]
     grouped = here[:, None] & (g * GROUP_ < H)[None, :]
     if position is None:
         row = t.to(tl.int64)
@@ -132,7 +132,7 @@ def activate_kernel(
                 gate, up = tl.split(tl.reshape(wide.to(tl.float32), (BM, GROUP_, 2)))
             # an activation need not be zero at zero: what lies past the last column is no part of the group
             y = tl.where((n < N)[None, :], activate(gate, up, F, False), 0.0)
-            q, s = to_fp8(y, 1)
+            q, s = to_fp8(y, 1, True)
             tl.store(out + row[:, None] * N + n[None, :], q, mask=inside)
             tl.store(scale + row * scale_row + g * scale_group, s, mask=m < count)
 
@@ -140,8 +140,8 @@ def activate_kernel(
 def quantize_rows(x: Tensor, start: Start = once) -> tuple[Tensor, Tensor]:
     """``x [T, H]`` -> e4m3 ``[T, H]`` and float32 scales ``[T, G]``; the twin is ``moe_compile.quantize``'s."""
     tokens, hidden = x.shape
-    q = x.new_empty(tokens, hidden, dtype=FP8)
-    scale = x.new_empty(tokens, groups(hidden), dtype=torch.float32)
+    q = start.empty(x, tokens, hidden, dtype=FP8)
+    scale = start.empty(x, tokens, groups(hidden), dtype=torch.float32)
     if tokens:
         _quantize(x, None, 1, None, q, scale, None, 0, start)
     return q, scale

@@ -86,8 +86,8 @@ def route(
 ) -> tuple[Tensor, Tensor]:
     """``logits [T, E]`` -> weights ``[T, K]`` in ``dtype`` and int64 ids ``[T, K]``; twin: ``Router.reference``."""
     tokens, experts = logits.shape
-    weights = logits.new_empty(tokens, top_k, dtype=dtype)
-    ids = logits.new_empty(tokens, top_k, dtype=torch.int64)
+    weights = start.empty(logits, tokens, top_k, dtype=dtype)
+    ids = start.empty(logits, tokens, top_k, dtype=torch.int64)
     if tokens == 0:
         return weights, ids
     if logits.stride(1) != 1:

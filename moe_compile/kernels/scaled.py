@@ -75,11 +75,20 @@ def scales_of(projection: Projection, quant: Quant) -> Scales:
 
 
 @triton.jit
-def to_fp8(y, AXIS: tl.constexpr):
-    """fp32 ``y``, one group along ``AXIS`` -> its e4m3 values and its scale."""
+def to_fp8(y, AXIS: tl.constexpr, EXACT: tl.constexpr):
+    """fp32 ``y``, one group along ``AXIS`` -> its e4m3 values and its scale.
+
+    ``EXACT``: divided as IEEE says, to the bits of ``moe_compile.quantize``; that costs a matrix-vector kernel time,
+    and one that only moves rows none.
+    """
     largest = tl.maximum(tl.max(tl.abs(y), AXIS), SMALLEST_)
-    scale = largest / LARGEST_
-    return (y / tl.expand_dims(scale, AXIS)).to(tl.float8e4nv), scale
+    if EXACT:
+        scale = tl.div_rn(largest, LARGEST_)
+        q = tl.div_rn(y, tl.expand_dims(scale, AXIS))
+    else:
+        scale = largest / LARGEST_
+        q = y / tl.expand_dims(scale, AXIS)
+    return q.to(tl.float8e4nv), scale
 
 
 @triton.jit
@@ -212,7 +221,7 @@ def scaled_tile(
         COLUMNS: tl.constexpr = 0 if S.swap else 1
         # what lies past the last column is no part of the group
         inside = (c < N)[:, None] if S.swap else (c < N)[None, :]
-        y, scale = to_fp8(tl.where(inside, y, 0.0), COLUMNS)
+        y, scale = to_fp8(tl.where(inside, y, 0.0), COLUMNS, False)
         tl.store(Q.out + out_row * tl.cdiv(N, GROUP_) + tn, scale, mask=ok)
     else:
         y = y.to(out.dtype.element_ty)

@@ -37,7 +37,7 @@ def plan_scaled(
         # the columns of a matrix-vector program lie in one block of scales
         blocks = up.scale_rows == down.scale_rows == GROUP
         dense = is_dense(up, down) and blocks and inter % MAX_COLUMNS == 0 and down.columns % MAX_COLUMNS == 0
-        path = choose_scaled_path(tokens, top_k, hidden, inter, dense)
+        path = choose_scaled_path(tokens, top_k, hidden, inter, dense, quantise)
     return select_scaled(
         path, tokens, top_k, experts, hidden, inter, up.epilogue.gated, quantise, elements, device
     )
@@ -67,7 +67,7 @@ def follow_scaled(
     rows, first, second, inner = x, Quant(), Quant(), x.dtype
     if quantise:
         rows, scale = quantize_rows(x, start)
-        between = x.new_empty(tokens * top_k, groups(up.columns), dtype=torch.float32)
+        between = start.empty(x, tokens * top_k, groups(up.columns), dtype=torch.float32)
         first, second, inner = Quant(scale, between), Quant(between), FP8
     if plan.path == "decode":
         h = decode_projection(rows, ids, experts, up, plan.up, True, on_input, start, first, inner)

@@ -29,7 +29,7 @@ WEIGHTS = 8192  # of one step of a program
 def _rounded(a, QUANT: tl.constexpr):
     """``a [groups, 128]`` in fp32, as fp8 holds it if ``QUANT``."""
     if QUANT:
-        q, scale = to_fp8(a, 1)
+        q, scale = to_fp8(a, 1, False)
         return q.to(tl.float32) * scale[:, None]
     else:
         return a
@@ -197,7 +197,7 @@ def scaled_gemv_up(
 ) -> Tensor:
     """Tokens ``x [T, D]`` -> ``[P, N]`` in the order of the pairs; twin: ``scaled_experts.scaled_twin``."""
     pairs, top_k = ids.numel(), ids.shape[1]
-    out = x.new_empty(pairs, projection.columns)
+    out = start.empty(x, pairs, projection.columns)
     if pairs == 0:
         return out
     if projection.scale_rows != GROUP:
@@ -228,7 +228,7 @@ def scaled_gemv_down(
 ) -> Tensor:
     """Pairs ``rows [P, D]`` -> ``[T, N]``: down projection and weighted sum in one launch."""
     tokens, top_k = ids.shape
-    out = rows.new_empty(tokens, projection.columns, dtype=out_dtype)
+    out = start.empty(rows, tokens, projection.columns, dtype=out_dtype)
     if tokens == 0:
         return out
     if projection.scale_rows != GROUP:

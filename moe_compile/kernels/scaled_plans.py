@@ -1,7 +1,8 @@
 """Which kernel runs for which number of tokens with fp8 weights and block scales, and with which tiles.
 
-``config.py`` for them: measured on one H100, a step is always one block of the depth. Rows in fp8 are best multiplied
-as they are from some 20 per expert on; below, and where weights are widened in registers, weights are the left operand.
+``config.py`` for them: measured on one H100 and one H200, a step is always one block of the depth. Rows in fp8 are
+best multiplied as they are from some 20 per expert on; below, and where weights are widened in registers, weights are
+the left operand.
 Shape legend: see ``spec.py``.
 """
 
@@ -12,16 +13,19 @@ from functools import lru_cache
 
 from .config import DECODE_IDS, GEMV_TOKENS, H200, Device, Plan, Tiles, power_of_two
 
-GEMV_WEIGHTS = 1 << 26  # pairs times H times I up to which matrix-vector wins: it widens weights on the CUDA cores
+# Pairs times H times I up to which matrix-vector wins: it widens weights on the CUDA cores. Without it rows that are
+# quantised are multiplied as they are, and weights for others are widened all the same.
+GEMV_WEIGHTS = {True: 3 << 23, False: 1 << 26}
+FEW_TOKENS = 16  # as many rows as the lowest tile has
 DECODE_TOKENS = 32  # from here on a sort pays
 SMALL_ROWS = 20  # mean rows per expert up to which tiles of 32 rows win
 TALL_ROWS = 64  # the same for tiles of 64, rows not quantised
 DEEP = 4096  # depth from which on longer pipelines win
 
 
-def choose_scaled_path(tokens: int, top_k: int, hidden: int, inter: int, dense: bool) -> str:
-    """The path for ``tokens`` rows; ``dense`` as in ``config.choose_path``."""
-    if tokens <= GEMV_TOKENS and dense and tokens * top_k * hidden * inter <= GEMV_WEIGHTS:
+def choose_scaled_path(tokens: int, top_k: int, hidden: int, inter: int, dense: bool, quantise: bool) -> str:
+    """The path for ``tokens`` rows; ``dense`` as in ``config.choose_path``, ``quantise`` as in ``select_scaled``."""
+    if tokens <= GEMV_TOKENS and dense and tokens * top_k * hidden * inter <= GEMV_WEIGHTS[quantise]:
         return "gemv"
     ids = power_of_two(tokens) * power_of_two(top_k)
     return "decode" if tokens <= DECODE_TOKENS and ids <= DECODE_IDS else "sorted"
@@ -50,6 +54,12 @@ def select_scaled(
     if path != "sorted":
         bm, tail, warps = (16, 0, 4) if tokens <= 16 else (32, 1, 4) if tokens <= 32 else (64, 2, 8)
         up = down = Tiles(bm, 128, 128, warps, 5, swap=True, tail=tail, evict="evict_first")
+        if quantise and tokens <= FEW_TOKENS:
+            hit, n = min(experts, tokens * top_k), device.processors
+            if n < hit * -(-inter // 128) <= 2 * n:
+                up = replace(up, stages=3)  # two programs share a processor, so that no tile waits for another
+            if hit * -(-hidden // 128) * 2 <= n:
+                down = replace(down, wn=64, stages=8)  # else half the processors have no tile
     elif quantise and mean > SMALL_ROWS:
         up = Tiles(64, 128, 128, 8, 4 if hidden >= DEEP else 3, swap=False, group=8)
         warps, stages = (4, 5) if inter >= DEEP else (8, 4)

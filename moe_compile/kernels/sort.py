@@ -193,19 +193,19 @@ def sort_pairs(
         padded: ``inverse`` counts every tile as ``bm`` rows, and is -1 for ids out of range; wants ``bm``.
     """
     pairs = ids.numel()
-    order = ids.new_empty(pairs, dtype=torch.int32)
-    inverse = ids.new_empty(pairs, dtype=torch.int32)
+    order = start.empty(ids, pairs, dtype=torch.int32)
+    inverse = start.empty(ids, pairs, dtype=torch.int32)
     capacity = tile_capacity(pairs, experts, bm) if bm else 0
-    tiles = ids.new_empty(1 + 2 * capacity, dtype=torch.int32)
+    tiles = start.empty(ids, 1 + 2 * capacity, dtype=torch.int32)
     if pairs == 0:
         return Sorted(order, inverse, ids.new_zeros(experts + 1, dtype=torch.int32), tiles.zero_(), 0)
-    offsets = ids.new_empty(experts + 1, dtype=torch.int32)
+    offsets = start.empty(ids, experts + 1, dtype=torch.int32)
     chunk = BLOCK * power_of_two(-(-pairs // (BLOCK * MAX_CHUNKS)))
     chunks = -(-pairs // chunk)
     ep = max(power_of_two(experts + 1), 32)
     counts = tiles  # a single chunk counts for itself
     if chunks > 1:
-        counts = ids.new_empty((chunks + 1) * ep, dtype=torch.int32)
+        counts = start.empty(ids, (chunks + 1) * ep, dtype=torch.int32)
         counting = {"CHUNK": chunk, "BLOCK": BLOCK, "EP": ep}
         start(
             lambda: Launch(count_kernel, (chunks,), {**counting, **dependent(ids)}), ids, counts, pairs, experts

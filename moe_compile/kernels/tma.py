@@ -49,12 +49,18 @@ def describe(projection: Projection, plan: Tiles) -> tuple[Any, Any]:
 
 def _describe(role: Operand, block: list[int]) -> Any:
     w = role.stored
-    return TensorDescriptor(w, list(w.shape), list(w.stride()), block)
+    # the tensor that the call was given stands for the address: a view of it is unknown to ``replay``
+    return TensorDescriptor(role.first, list(w.shape), list(w.stride()), block)
 
 
 def describe_rows(x: Tensor, bm: int, bk: int) -> Any:
     """Descriptor of dense rows ``x [.., D]``."""
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [bm, bk])
+
+
+def is_descriptor(value: Any) -> bool:
+    """Whether a launch argument is a descriptor."""
+    return AVAILABLE and isinstance(value, TensorDescriptor)
 
 
 @triton.jit

@@ -21,8 +21,8 @@ from .tables import pointer_table
 if TYPE_CHECKING:
     from ..kernels.activation import Epilogue
     from ..kernels.config import Plan
-    from ..kernels.launch import Kernels
     from ..kernels.operand import Operand
+    from ..kernels.replay import Kernels
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -40,13 +40,13 @@ class Kind:
         self.plan: Plan | None = None
         self.choice: Any = None  # of fp8
         self.warm = False
-        self._kernels: dict[tuple[tuple[bool, bool], ...], Kernels] = {}
+        self._kernels: dict[tuple[bool, ...], Kernels] = {}
 
-    def kernels(self, *aligned: tuple[bool, bool]) -> Kernels:
+    def kernels(self, *aligned: bool) -> Kernels:
         """Those compiled for the alignment of the addresses in the pointer tables."""
         found = self._kernels.get(aligned)
         if found is None:
-            found = self._kernels[aligned] = kernel("launch", "Kernels")()
+            found = self._kernels[aligned] = kernel("replay", "Kernels")()
         return found
 
 
@@ -85,14 +85,24 @@ def fit(count: int, dtype: torch.dtype, roles: Roles) -> bool:
     return True
 
 
-def operand(role: str, parts: Sequence[Tensor], dims: int, like: Tensor) -> Operand | None:
-    """A role that fits, as the kernels take it; None where it is absent."""
+# What kernels find a role at, and whether that is a table of addresses which all lie on 16 bytes.
+Place = tuple[Tensor | None, bool]
+
+
+def place(role: str, parts: Sequence[Tensor], dims: int) -> Place:
+    """A role that fits: the stacked tensor, or the table of the separate ones; None where it is absent."""
+    if not parts:
+        return None, False
+    return (parts[0], False) if parts[0].dim() == dims + 1 else pointer_table(parts, role)
+
+
+def operand(parts: Sequence[Tensor], found: Place) -> Operand | None:
+    """A role as the kernels take it, where ``place`` found it."""
     if not parts:
         return None
-    if parts[0].device != like.device:
-        check_device(like, **{role: parts[0]})
+    table, aligned = found
     make: Callable[..., Operand] = kernel("operand", "Operand")
-    return make(parts) if parts[0].dim() == dims + 1 else make(parts, *pointer_table(parts, role))
+    return make(parts) if table is parts[0] else make(parts, table, aligned)
 
 
 def check_device(like: Tensor, **others: Tensor) -> None:

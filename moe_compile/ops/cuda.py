@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..spec import Router
-from .calls import check_device, epilogue, fit, kernel, kind_of, on, operand, role_traits, table_of, traits
+from .calls import check_device, epilogue, fit, kernel, kind_of, on, operand, place, role_traits, table_of, traits
 from .schema import implement, num_experts
 from .validate import check_combine, check_experts, check_grouped_linear, check_ids, check_offsets, check_route
 
@@ -38,7 +38,6 @@ def experts(
     path: str | None = None,
 ) -> Tensor:
     """``moe_compile::experts``; ``path`` (not in the schema) forces one of ``kernels.config.PATHS``."""
-    follow, projection = kernel("experts", "follow_plan"), kernel("tile", "Projection")
     x, args = hidden_states, tuple(activation_args)
     tensors = (traits(x), traits(topk_weights), traits(topk_ids))
     roles = (role_traits(w1), role_traits(w3), role_traits(w2), role_traits(b1), role_traits(b3), role_traits(b2))
@@ -47,23 +46,26 @@ def experts(
     if not kind.checked:
         kind.experts = _check(x, topk_weights, topk_ids, (w1, w3, w2, b1, b3, b2), gated, interleaved, layout)
         kind.checked = True
-    count = kind.experts
-    hidden, inter = x.shape[1], w2[0].shape[-1]
     with on(x):
-        gate = operand("w1", w1, 2, x)
-        value = operand("w3", w3, 2, x)
-        up = projection(
-            gate, inter, epilogue(activation, args, layout), value, operand("b1", b1, 1, x), operand("b3", b3, 1, x)
-        )
-        down = projection(operand("w2", w2, 2, x), hidden, b=operand("b2", b2, 1, x))
+        at1, at3, at2 = place("w1", w1, 2), place("w3", w3, 2), place("w2", w2, 2)
+        bias1, bias3, bias2 = place("b1", b1, 1), place("b3", b3, 1), place("b2", b2, 1)
+        given = (x, topk_weights, topk_ids, at1[0], at3[0], at2[0], bias1[0], bias3[0], bias2[0])
+        kernels = kind.kernels(at1[1], at3[1], at2[1])
+        program = kernels.program()
+        if program is not None:
+            out: Tensor = program(given)[0]
+            return out
+        follow, projection = kernel("experts", "follow_plan"), kernel("tile", "Projection")
+        count, hidden, inter = kind.experts, x.shape[1], w2[0].shape[-1]
+        gate, value, act = operand(w1, at1), operand(w3, at3), epilogue(activation, args, layout)
+        up = projection(gate, inter, act, value, operand(b1, bias1), operand(b3, bias3))
+        down = projection(operand(w2, at2), hidden, b=operand(b2, bias2))
         if kind.plan is None:
             device = kernel("experts", "device_of")(x.get_device())
             kind.plan = kernel("experts", "plan_of")(topk_ids, count, up, down, path, device, table_of(x))
-        call = kind.kernels(up.aligned, down.aligned).call()
-        out: Tensor = follow(
-            kind.plan, x, topk_weights, topk_ids, count, up, down, weight_on_input, out_dtype, call
-        )
-        call.end()
+        call = kernels.call()
+        out = follow(kind.plan, x, topk_weights, topk_ids, count, up, down, weight_on_input, out_dtype, call)
+        kernels.done(call, given, [out])
         return out
 
 
@@ -98,7 +100,9 @@ def _check(
         sound = fit(count, x.dtype, (*matrices, (b1, (rows,)), (b3, (inter,)), (b2, (hidden,))))
     if not sound:
         check_experts(x, topk_weights, topk_ids, w1, w3, w2, b1, b3, b2, gated, interleaved)
-    check_device(x, topk_ids=topk_ids, topk_weights=topk_weights)
+    names = ("w1", "w3", "w2", "b1", "b3", "b2")
+    first = {name: parts[0] for name, parts in zip(names, roles, strict=True) if parts}
+    check_device(x, topk_ids=topk_ids, topk_weights=topk_weights, **first)
     return count
 
 
@@ -123,11 +127,12 @@ def grouped_linear(rows: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor
     if not sound:
         check_grouped_linear(rows, weight, bias, offsets)
     check_offsets(offsets, count)
-    check_device(rows, offsets=offsets)
+    check_device(rows, offsets=offsets, weight=weight[0], **({"bias": bias[0]} if bias else {}))
     if pairs == 0:
         return rows.new_empty(0, columns)
     with on(rows):
-        what = projection(operand("weight", weight, 2, rows), columns, b=operand("bias", bias, 1, rows))
+        w, b = operand(weight, place("weight", weight, 2)), operand(bias, place("bias", bias, 1))
+        what = projection(w, columns, b=b)
         device = kernel("experts", "device_of")(rows.get_device())
         tma = (False, what.describable)
         plan = select("sorted", pairs, 1, count, columns, depth, rows.element_size(), device, tma)
@@ -164,11 +169,16 @@ def route(
         check_route(logits, top_k)
         check_device(logits)
         kind.checked = True
-    call = kind.kernels().call()
+    kernels = kind.kernels()
     with on(logits):
+        program = kernels.program()
+        if program is not None:
+            weights, ids = program((logits,))
+            return weights, ids
+        call = kernels.call()
         weights, ids = kernel("route", "route")(logits, top_k, Router(score, renormalise, eps, scale), dtype, call)
-    call.end()
-    return weights, ids
+        kernels.done(call, (logits,), [weights, ids])
+        return weights, ids
 
 
 implement("experts", experts, "CUDA")

@@ -78,22 +78,25 @@ def experts_fp8(
         check_device(x, **{name: t for name, t in zip(names, given[1:], strict=True) if t is not None})
         _check_kernels(kernels)
         kind.checked = True
-    count, hidden, inter = w2.shape
-    layout = ("interleaved" if interleaved else "concat") if gated else "single"
-    if w3 is not None and w3_scale is not None:
-        layout = "separate"
-        if w1_scale.stride() != w3_scale.stride():  # the kernels walk both with one set of strides
-            w1_scale, w3_scale = w1_scale.contiguous(), w3_scale.contiguous()
-    operand, projection = kernel("operand", "Operand"), kernel("tile", "Projection")
     with on(x):
-        second = None if w3 is None else operand((w3,))
-        up = projection(
-            operand((w1,)), inter, epilogue(activation, args, layout), second, scale=w1_scale, up_scale=w3_scale
-        )
-        down = projection(operand((w2,)), hidden, scale=w2_scale)
+        if kind.choice is not None and kind.choice.provider is None:
+            program = kind.kernels(False).program()
+            if program is not None:
+                out: Tensor = program(given)[0]
+                return out
+        count, hidden, inter = w2.shape
+        layout = ("interleaved" if interleaved else "concat") if gated else "single"
+        if w3 is not None and w3_scale is not None:
+            layout = "separate"
+            if w1_scale.stride() != w3_scale.stride():  # the kernels walk both with one set of strides
+                w1_scale, w3_scale = w1_scale.contiguous(), w3_scale.contiguous()
+        make, projection = kernel("operand", "Operand"), kernel("tile", "Projection")
+        second, act = None if w3 is None else make((w3,)), epilogue(activation, args, layout)
+        up = projection(make((w1,)), inter, act, second, scale=w1_scale, up_scale=w3_scale)
+        down = projection(make((w2,)), hidden, scale=w2_scale)
         choice = _choice(kind, kernels, x, topk_ids, up, down, quantise, path)
-        call = kind.kernels((choice.provider is not None, False)).call()
-        out: Tensor
+        found = kind.kernels(choice.provider is not None)
+        call = found.call()
         if choice.provider is not None:
             from ..deepgemm.experts import follow_deepgemm
 
@@ -101,13 +104,14 @@ def experts_fp8(
                 choice.provider, choice.align, x, topk_weights, topk_ids, count, up, down, weight_on_input, out_dtype,
                 call,
             )  # fmt: skip
+            found.done(call)
             # its kernels are compiled now, so that a later capture can hold them, unless nothing was launched
             kind.warm = kind.warm or kernel("launch", "note_of_thread")() is None
         else:
             out = kernel("scaled_experts", "follow_scaled")(
                 choice.plan, x, topk_weights, topk_ids, count, up, down, quantise, weight_on_input, out_dtype, call
             )
-        call.end()
+            found.done(call, given, [out])
         return out
 
 

@@ -16,6 +16,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 import fp8_layers as forms  # noqa: E402
+from replays import long_way  # noqa: E402
 from support import assert_accurate, double_reference  # noqa: E402
 
 from moe_compile import report  # noqa: E402
@@ -38,7 +39,8 @@ def taken() -> Iterator[list[str]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scaled_experts, "follow_scaled", spy)
         calls.kernel.cache_clear()
-        yield seen
+        with long_way():
+            yield seen
     calls.kernel.cache_clear()
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +23,7 @@ if not torch.cuda.is_available():
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 from layers import Layer, relative_error  # noqa: E402
+from replays import long_way, replayed  # noqa: E402
 
 from moe_compile.kernels import experts as pipeline  # noqa: E402
 from moe_compile.kernels import grouped  # noqa: E402
@@ -37,13 +39,14 @@ FIRST_STEP = {"gemv": "gemv_up", "decode": "decode_projection", "sorted": "sort_
 @pytest.fixture(autouse=True)
 def poison() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
+    calls.kind_of.cache_clear()
     blocks = [torch.full((n,), float("nan"), device="cuda") for n in (64, 4096, 1 << 18, 1 << 22, 1 << 25)]
     del blocks
 
 
 @pytest.fixture
-def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the paths whose first kernel was launched."""
+def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Names of the paths whose first kernel was launched, the long way."""
     seen: list[str] = []
     for path, name in FIRST_STEP.items():
         original = getattr(pipeline, name)
@@ -53,7 +56,8 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             return _original(*args, **kwargs)
 
         monkeypatch.setattr(pipeline, name, spy)
-    return seen
+    with long_way():
+        yield seen
 
 
 def layer(*args: Any, **kwargs: Any) -> Layer:
@@ -70,13 +74,17 @@ def assert_as_good(ours: torch.Tensor, naive: torch.Tensor, truth: torch.Tensor)
 
 
 def check(case: Layer, path: str | None = None) -> torch.Tensor:
-    """The output; a case of few numbers, each of them as lucky as it happens to be, is judged with 63 more seeds."""
+    """The output, which a program gives, too, bit by bit.
+
+    A case of few numbers, each of them as lucky as it happens to be, is judged with 63 more seeds.
+    """
     cases = [case]
     if case.T * case.H < 16:
         cases += [replace(case, seed=seed) for seed in range(1, 64)]
     ours = [run(c, path) for c in cases]
     naive = [c.moe().reference().to(c.dtype) for c in cases]
     assert_as_good(torch.cat(ours), torch.cat(naive), torch.cat([c.truth() for c in cases]))
+    assert torch.equal(ours[0], replayed(lambda: run(case, path)))
     return ours[0]
 
 
@@ -191,7 +199,7 @@ def test_descriptors(
     case = layer(T, 6, 3, H, I, activation, layout, **form)
     first = check(case)
     if pipeline.device_of(0).tma:
-        assert len(seen) == 2
+        assert len(seen) == 4  # two GEMMs of two calls: a program describes nothing
     assert torch.equal(first, run(case)), "two runs differ"
 
 
@@ -303,6 +311,7 @@ def test_like_calls_bind_once(T: int, separate: bool, monkeypatch: pytest.Monkey
     bindings = Bindings(monkeypatch)
     first = layer(T, 8, 2, 256, 128, dtype=torch.bfloat16, separate=separate, routing="sentinels")
     check(first)
+    torch.ops.moe_compile.experts(*first.op_args())
     bindings.count = 0
     for seed in (1, 2):
         again = layer(T, 8, 2, 256, 128, dtype=torch.bfloat16, separate=separate, seed=seed)
@@ -312,6 +321,37 @@ def test_like_calls_bind_once(T: int, separate: bool, monkeypatch: pytest.Monkey
         assert torch.equal(out, torch.ops.moe_compile.experts(*again.op_args()))
         assert bindings.count > 0
         bindings.count = 0
+
+
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("T", [1, 16, 600, 5000])
+def test_programs_in_graphs_and_on_streams(T: int, separate: bool) -> None:
+    """A program that eager calls left launches into a capture and onto another stream, with other weights."""
+    make = {"dtype": torch.bfloat16, "separate": separate, "routing": "sentinels"}
+    case, other = (layer(T, 8, 2, 256, 128, seed=seed, **make) for seed in (0, 1))
+    op = torch.ops.moe_compile.experts
+    with long_way():
+        expected = [op(*c.op_args()) for c in (case, other)]
+    programs = [replayed(lambda c=c: op(*c.op_args())) for c in (case, other)]
+    assert torch.equal(programs[0], expected[0]) and torch.equal(programs[1], expected[1])
+    op(*case.op_args())
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(1_000_000)
+        aside = op(*other.op_args())
+    torch.cuda.current_stream().wait_stream(stream)
+    assert torch.equal(aside, expected[1])
+    with torch.cuda.graph(graph):
+        out = op(*case.op_args())
+    graph.replay()
+    assert torch.equal(out, expected[0])
+    case.x.copy_(other.x), case.ids.copy_(other.ids), case.weights.copy_(other.weights)
+    for ours, theirs in ((case.w1, other.w1), (case.w2, other.w2)):
+        for w, v in zip(ours, theirs, strict=True):
+            w.copy_(v)
+    graph.replay()
+    assert torch.equal(out, expected[1])
 
 
 def test_like_routers_bind_once(monkeypatch: pytest.MonkeyPatch) -> None:

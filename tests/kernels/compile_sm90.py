@@ -55,6 +55,7 @@ CASES: dict[str, dict[str, Any]] = {
     "single": {"T": 16384, "shape": (32, 4, 2880, 2880), "layout": "single"},
     "one": {"T": 4, "shape": (3, 2, 1, 1)},
     "fp8-gemv": {"T": 1, "shape": (128, 8, 2048, 768), "fp8": "w8a8"},
+    "fp8-one": {"T": 1, "shape": (8, 2, 4096, 14336), "fp8": "w8a8"},
     "fp8-decode": {"T": 16, "shape": (8, 2, 4096, 14336), "fp8": "w8a8"},
     "fp8-tails": {"T": 33, "shape": (32, 4, 2880, 2880), "layout": "interleaved", "args": GPT_OSS, "fp8": "w8a8"},
     "fp8-halves": {"T": 1024, "shape": (32, 4, 2880, 2880), "fp8": "w8a8"},  # the up half starts inside a block

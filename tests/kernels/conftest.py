@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +100,25 @@ def _one_patch_per_launch() -> None:
         return known[plain]
 
     interpreter._get_np_dtype = np_dtype
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The CUDA ops' Python takes CPU tensors, and finds measured plans in ``table.json``."""
+    from moe_compile.kernels import config, experts, operand, tuned
+    from moe_compile.ops import calls, cuda, fp8, tables
+
+    def table(parts: Any, role: str) -> tuple[torch.Tensor, bool]:
+        tables.check_alike(parts, role)
+        made = operand.make_operand(parts, parts[0].dim())
+        assert made.table is not None
+        return made.table, made.aligned
+
+    for module in (cuda, fp8):
+        monkeypatch.setattr(module, "on", lambda x: nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(calls, "pointer_table", table)
+    monkeypatch.setattr(experts, "device_of", lambda device: config.H200)
+    monkeypatch.setattr(experts, "table_of", lambda folder, device: tmp_path / "table.json")
+    tuned.load.cache_clear()
+    calls.kernel.cache_clear()

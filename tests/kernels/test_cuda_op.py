@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,25 +11,11 @@ import pytest
 import torch
 from layers import Layer, quantised, relative_error
 
-from moe_compile.kernels import config, experts, operand, tuned
-from moe_compile.ops import calls, cuda, fp8, tables
+from moe_compile.kernels import config, experts, tuned
+from moe_compile.ops import calls, cuda, fp8
 from moe_compile.spec import Activation
 
-
-@pytest.fixture(autouse=True)
-def on_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def table(parts: Any, role: str) -> tuple[torch.Tensor, bool]:
-        tables.check_alike(parts, role)
-        made = operand.make_operand(parts, parts[0].dim())
-        assert made.table is not None
-        return made.table, made.aligned
-
-    monkeypatch.setattr(cuda, "on", lambda x: nullcontext())
-    monkeypatch.setattr(calls, "pointer_table", table)
-    monkeypatch.setattr(experts, "device_of", lambda device: config.H200)
-    monkeypatch.setattr(experts, "table_of", lambda folder, device: tmp_path / "table.json")
-    tuned.load.cache_clear()
-    calls.kernel.cache_clear()
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
 @pytest.mark.parametrize("layout", ["concat", "interleaved", "separate"])
@@ -128,8 +113,6 @@ def test_missing_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("layout", ["concat", "separate"])
 def test_fp8_against_float64(monkeypatch: pytest.MonkeyPatch, layout: str, scales: str, path: str) -> None:
     """Gate and up in one tensor or two, whose scales may lie differently in memory."""
-    monkeypatch.setattr(fp8, "on", lambda x: nullcontext())
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     layer = Layer(5, 3, 2, 256, 192, Activation("gelu"), layout, routing="sentinels")
     up, down = quantised(layer, scales)
     scale, up_scale = up.scale, up.up_scale

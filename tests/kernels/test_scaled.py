@@ -17,6 +17,7 @@ from moe_compile.kernels.quantize import (
     quantize_rows,
 )
 from moe_compile.kernels.scaled_experts import follow_scaled, plan_scaled, run_scaled_twin
+from moe_compile.kernels.scaled_plans import choose_scaled_path, select_scaled
 from moe_compile.kernels.sort import sort_pairs, sort_pairs_twin
 from moe_compile.quantize import dequantize_rows
 from moe_compile.quantize import quantize_rows as quantize_twin
@@ -91,6 +92,42 @@ def test_a_scale_per_channel_has_no_matrix_vector_kernel() -> None:
     plan = plan_scaled(layer.ids, layer.E, up, down, False, 4, "gemv")
     with pytest.raises(ValueError, match="no matrix-vector kernel"):
         follow_scaled(plan, layer.x, layer.weights, layer.ids, layer.E, up, down, False, False, None)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shape", "path", "up_stages", "down"),
+    [
+        (1, (128, 8, 2048, 768), "gemv", 5, (128, 5)),
+        (1, (64, 8, 7168, 2048), "decode", 5, (128, 5)),  # 128 tiles on 132 processors
+        (2, (64, 8, 7168, 2048), "decode", 3, (128, 5)),
+        (4, (64, 8, 7168, 2048), "decode", 5, (128, 5)),  # 512: more than two to a processor
+        (1, (8, 2, 4096, 14336), "decode", 3, (64, 8)),
+        (2, (8, 2, 4096, 14336), "decode", 5, (128, 5)),
+        (1, (32, 4, 2880, 2880), "decode", 5, (128, 5)),
+        (2, (32, 4, 2880, 2880), "decode", 3, (128, 5)),
+    ],
+)
+def test_plans_for_few_tokens(
+    tokens: int, shape: tuple[int, int, int, int], path: str, up_stages: int, down: tuple[int, int]
+) -> None:
+    """As an H200 was fastest: tiles and stages by how many programs there are for its 132 processors."""
+    E, K, H, I = shape
+    assert choose_scaled_path(tokens, K, H, I, dense=True, quantise=True) == path
+    plan = select_scaled("decode", tokens, K, E, H, I, True, True, 2)
+    assert (plan.up.wn, plan.up.stages, plan.down.wn, plan.down.stages) == (256, up_stages, *down)
+    plain = select_scaled("decode", tokens, K, E, H, I, True, False, 2)
+    assert (plain.up.wn, plain.up.stages, plain.down.wn, plain.down.stages) == (128, 5, 128, 5)
+
+
+def test_unquantised_rows_stay_longer_with_matrix_vector_products() -> None:
+    sizes = (1, 4, 2880, 2880)
+    assert choose_scaled_path(*sizes, dense=True, quantise=False) == "gemv"
+    assert choose_scaled_path(*sizes, dense=True, quantise=True) == "decode"
+
+
+def test_half_tiles_of_the_second_gemm() -> None:
+    plan = Plan("decode", Tiles(16, 256, 128, 4, 3, True), Tiles(16, 64, 128, 4, 8, True))
+    check("decode", True, plan, T=9)
 
 
 def test_one_row_per_expert_is_one_block() -> None:

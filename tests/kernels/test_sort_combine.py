@@ -60,13 +60,14 @@ def test_sort_of_many_chunks(monkeypatch: pytest.MonkeyPatch, experts: int) -> N
     """Their counts are added up by a launch of its own."""
     launched: list[str] = []
 
-    def start(make: Callable[[], launch.Launch], *args: Any) -> None:
-        launched.append(make().kernel.__name__)
-        launch.once(make, *args)
+    class Spy(launch.Start):
+        def __call__(self, make: Callable[[], launch.Launch], *args: Any) -> None:
+            launched.append(make().kernel.__name__)
+            super().__call__(make, *args)
 
     monkeypatch.setattr(sorting, "MANY_CHUNKS", 3)
     ids = make_ids(300, 3, experts, "sentinels")
-    ours, twin = sorting.sort_pairs(ids, experts, 16, start=start), sorting.sort_pairs_twin(ids, experts, 16)
+    ours, twin = sorting.sort_pairs(ids, experts, 16, start=Spy()), sorting.sort_pairs_twin(ids, experts, 16)
     assert launched == ["count_kernel", "scan_kernel", "place_kernel"]
     assert torch.equal(ours.order, twin.order) and torch.equal(ours.inverse, twin.inverse)
     assert torch.equal(ours.offsets, twin.offsets)

@@ -151,15 +151,16 @@ def test_turned_weights_are_described_as_they_lie(layout: str) -> None:
     tiles = Tiles(16, 32, 16, 4, 2, False, tma=True, rows_tma=True)
     launched: list[tuple[Any, ...]] = []
 
-    def start(make: Any, *args: Any) -> None:
-        if (made := make()).kernel is grouped.grouped_kernel:
-            named = dict(zip(made.kernel.arg_names, args, strict=False))
-            launched.append((made.constants["M"].turned, named["wd"], named["ud"]))
-        launch.once(lambda: made, *args)
+    class Spy(launch.Start):
+        def __call__(self, make: Any, *args: Any) -> None:
+            if (made := make()).kernel is grouped.grouped_kernel:
+                named = dict(zip(made.kernel.arg_names, args, strict=False))
+                launched.append((made.constants["M"].turned, named["wd"], named["ud"]))
+            super().__call__(lambda: made, *args)
 
     up, down = layer.projections()
     arguments = (layer.x, layer.weights, layer.ids, layer.E, up, down, False, None)
-    ours = experts.follow_plan(Plan("sorted", tiles, tiles), *arguments, start=start)
+    ours = experts.follow_plan(Plan("sorted", tiles, tiles), *arguments, start=Spy())
     assert relative_error(ours, layer.truth()) < 2e-6
     assert all(turned and w is not None for turned, w, _ in launched)
     assert [up is not None for *_, up in launched] == [layout == "separate", False]
