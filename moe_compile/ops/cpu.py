@@ -7,14 +7,17 @@ How the GEMMs of a call run is decided from its shape alone (``_choose``), becau
 
 * bf16/fp16 without CPU instructions for it: PyTorch's own loop wins for a few rows (it reads half the
   bytes), else weights are upcast tile by tile into a float32 scratch: 2 to 8 times faster, more accurate.
-* ``out.T = W @ rows.T`` beats ``rows @ W.T`` by up to 2 times for 2 to 100 rows of an expert (but loses to
-  it by 8 where weights are transposed views). The layout of the output buffer is what selects it.
+* ``out.T = W @ rows.T`` beats ``rows @ W.T`` by up to 2 times for 2 to 100 rows of an expert, with AVX-512 for 2 to
+  12 (but loses to it by 8 where weights are transposed views). The layout of the output buffer is what selects it.
+* Where nothing is to be had from that, all experts of a block go to one ``F.grouped_mm``, if its form allows it:
+  the same products, without Python between them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, lru_cache, partial
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -32,8 +35,25 @@ NATIVE_ROWS = 3  # up to here (rows of an expert, on average) half precision GEM
 # oneDNN's AMX GEMM of a width that is not a multiple of this reads on into the next row, times zero: a NaN there
 # would reach another token (seen with PyTorch 2.11 and 2.13). Such widths are upcast.
 NATIVE_BLOCK = 32
-COLUMN_ROWS = 128  # up to here ``W @ rows.T`` wins
 STRIDED_ROWS = 16  # from here on BLAS takes column-major rows as fast as row-major ones
+
+
+class Blas(NamedTuple):
+    """What MKL does with ``W @ rows.T``, measured on two kinds of AMD EPYC, by their instructions.
+
+    Args:
+        columns: mean rows of an expert up to which it wins.
+        vector: columns that end in a vector not quite full of so many take up to 2.5 times as long as in a full one.
+        least: bytes of the weights of all experts from which it wins; smaller ones stay in the cache.
+    """
+
+    columns: int = 128
+    vector: int = 1
+    least: int = 0
+
+
+BLAS = {"AVX512": Blas(columns=12, vector=16, least=1 << 24)}
+MISSING_ROWS = 5  # of 16: columns that lack so many or fewer are better filled
 
 Segment = tuple[int, int, int]  # expert, first row, end row
 Tensors = Sequence[Tensor]
@@ -43,8 +63,9 @@ class Method(NamedTuple):
     """How the GEMMs of one call run."""
 
     dtype: torch.dtype  # of the GEMMs
-    columns: bool  # outputs are column-major
-    repack: bool  # rows are made row-major before the second GEMM
+    columns: bool = False  # outputs are column-major
+    repack: bool = False  # rows are made row-major before the second GEMM
+    grouped: bool = False  # all experts of a block in one call
 
 
 class Projection:
@@ -56,6 +77,7 @@ class Projection:
         self.bias = bias[0] if len(bias) == 1 and bias[0].dim() == 2 else bias
         self.biased = len(bias) > 0
         self.width, inner = weight[0].shape[-2:]
+        self.grouped = method.grouped
         self.layout = (1, 0) if method.columns else (0, 1)
         self.scratch: Tensor | None = None
         if weight[0].dtype != method.dtype:
@@ -66,6 +88,8 @@ class Projection:
 
     def __call__(self, runs: list[Segment], rows: Tensor, out: Tensor | None = None) -> Tensor:
         """The rows of one block (or one row for all runs), into ``out`` (row-major) when given."""
+        if self.grouped:
+            return self._grouped(runs, rows) if out is None else out.copy_(self._grouped(runs, rows))
         buffer, n = out, runs[-1][2] if runs else 0
         if buffer is None or self.layout != (0, 1):
             buffer = torch.empty_permuted((n, self.width), self.layout, dtype=rows.dtype)  # [n, out]
@@ -81,6 +105,16 @@ class Projection:
             else:
                 torch.mm(x, weight, out=y)
         return buffer if out is None or out is buffer else out.copy_(buffer)
+
+    def _grouped(self, runs: list[Segment], rows: Tensor) -> Tensor:
+        """All at once: the experts from the first to the last of the block, some of which may have no rows."""
+        first, last = runs[0][0], runs[-1][0]
+        counts = [0] * (last - first + 1)
+        for expert, start, end in runs:
+            counts[expert - first] += end - start
+        ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32)
+        assert isinstance(self.weight, Tensor)
+        return F.grouped_mm(rows, self.weight[first : last + 1], offs=ends)
 
     def _upcast(self, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, scratch: Tensor) -> None:
         step = scratch.shape[1]
@@ -128,7 +162,7 @@ def _experts(
         wide = _accumulator(hidden_states.dtype)
 
         def layer(pairs: int, hit: int) -> Layer:
-            method = _choose(hidden_states.dtype, pairs, hit, (w1, w3, w2))
+            method = _choose(hidden_states.dtype, pairs, hit, (w1, w3, w2), bool(b1 or b3 or b2))
             first = [Projection(w, b, method) for w, b in ((w1, b1), (w3, b3)) if w]
             return Layer(first, Projection(w2, b2, method), act, interleaved, method, wide)
 
@@ -155,9 +189,12 @@ def _many_tokens(
     layer: Build, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, experts: int, on_input: bool
 ) -> Tensor:
     order, position, segments = _route(topk_ids, experts)
-    pairs, top_k = len(order), topk_ids.shape[1]
-    network = layer(pairs, len(segments))
-    # The pairs that count, and one row that stands for all others and is never read.
+    network, top_k = layer(len(order), len(segments)), topk_ids.shape[1]
+    none_left_out = len(order) == len(position)
+    if network.method.columns and _blas().vector > 1:
+        order, position, segments = _filled(order, position, segments)
+    pairs = len(order)
+    # The rows of pairs that count, and one row that stands for all others and is never read.
     result = torch.empty(pairs + 1, network.down.width, dtype=network.method.dtype)  # [S + 1, H]
     row_bytes = sum(p.width for p in network.first) * network.method.dtype.itemsize
     for start, end, runs in _blocks(segments, row_bytes):
@@ -165,7 +202,7 @@ def _many_tokens(
         if on_input:
             rows = rows * topk_weights.reshape(-1, 1)[order[start:end]].to(network.wide)
         network(runs, rows, result[start:end])
-    return _weighted_sum(result, position, pairs, None if on_input else topk_weights, top_k)
+    return _weighted_sum(result, position, pairs, none_left_out, None if on_input else topk_weights, top_k)
 
 
 def _sort_pairs(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
@@ -180,7 +217,7 @@ def _grouped_linear(rows: Tensor, weight: Tensors, bias: Tensors, offsets: Tenso
         experts = check_grouped_linear(rows, weight, bias, offsets)
         ends = offsets.tolist()
         segments = [(e, ends[e], ends[e + 1]) for e in range(experts) if ends[e] < ends[e + 1]]
-        method = _choose(rows.dtype, ends[-1], len(segments), (weight,))
+        method = _choose(rows.dtype, ends[-1], len(segments), (weight,), bool(bias))
         project = Projection(weight, bias, method)
         out = rows.new_empty(rows.shape[0], project.width)  # [P, out]
         for start, end, runs in _blocks(segments, project.width * method.dtype.itemsize):
@@ -197,7 +234,8 @@ def _combine(
         check_combine(rows, order, offsets, topk_weights, top_k)
         pairs = int(offsets[-1])
         position = _invert(order.to(torch.int64), pairs)
-        return _weighted_sum(rows, position, pairs, topk_weights, top_k).to(out_dtype or rows.dtype)
+        total = _weighted_sum(rows, position, pairs, pairs == len(order), topk_weights, top_k)
+        return total.to(out_dtype or rows.dtype)
 
 
 def _sort(topk_ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
@@ -224,6 +262,27 @@ def _route(topk_ids: Tensor, experts: int) -> tuple[Tensor, Tensor, list[Segment
     return order[:pairs], _invert(order, pairs), segments
 
 
+def _filled(order: Tensor, position: Tensor, segments: list[Segment]) -> tuple[Tensor, Tensor, list[Segment]]:
+    """The same with experts whose rows almost fill their last vector given what it lacks: rows that nobody reads.
+
+    They repeat the expert's last row, so they hold nothing that is not in a row that counts.
+    """
+    vector, filled = _blas().vector, list[Segment]()
+    repeats = [1] * len(order)
+    more = 0
+    for expert, start, end in segments:
+        missing = (start - end) % vector
+        missing = missing if missing <= MISSING_ROWS else 0
+        repeats[end - 1] += missing
+        filled.append((expert, start + more, end + more + missing))
+        more += missing
+    if not more:
+        return order, position, segments
+    times = torch.tensor(repeats)
+    moved = torch.cat([times.cumsum(0) - times, torch.tensor([len(order) + more])])  # where a row went, and the last
+    return order.repeat_interleave(times, output_size=len(order) + more), moved[position], filled
+
+
 def _blocks(segments: list[Segment], row_bytes: int) -> Iterator[tuple[int, int, list[Segment]]]:
     """Cut segments into ``(start, end, runs)``, where runs count rows from ``start``."""
     limit = BLOCK_BYTES // row_bytes  # rows of several experts together
@@ -242,19 +301,42 @@ def _blocks(segments: list[Segment], row_bytes: int) -> Iterator[tuple[int, int,
         yield start, start + runs[-1][2], runs
 
 
-def _choose(dtype: torch.dtype, pairs: int, hit: int, roles: Sequence[Tensors]) -> Method:
+def _choose(dtype: torch.dtype, pairs: int, hit: int, roles: Sequence[Tensors], biased: bool) -> Method:
     """Pick the method from the mean number of rows of an expert; both tricks need weights dense in ``in``."""
     row_major = all(r[0].stride(-1) == 1 for r in roles if r)
+    together = pairs > hit and not biased and all(_fits_grouped_mm(r) for r in roles if r)
     if dtype in (torch.bfloat16, torch.float16):
         if _native_gemm(dtype):
             keep = all(r[0].shape[-1] % NATIVE_BLOCK == 0 for r in roles if r)
         else:
-            keep = row_major and pairs <= NATIVE_ROWS * hit
+            keep, together = row_major and pairs <= NATIVE_ROWS * hit, False
         if keep:
-            return Method(dtype, columns=False, repack=False)
-        dtype = torch.float32
-    columns = row_major and hit < pairs <= COLUMN_ROWS * hit
+            return Method(dtype, grouped=together)
+        dtype, together = torch.float32, False
+    method = _by_rows(dtype, pairs, hit, row_major and _bytes(roles, dtype) >= _blas().least)
+    return method._replace(grouped=together and not method.columns and dtype == torch.float32)
+
+
+def _fits_grouped_mm(weight: Tensors) -> bool:
+    """Whether ``F.grouped_mm`` takes a role, and rows to be multiplied by it: rows start on 16 bytes."""
+    w = weight[0]
+    per_vector = 16 // w.itemsize
+    return is_stacked(weight) and w.stride(2) == 1 and not any(n % per_vector for n in (*w.stride()[:2], w.shape[2]))
+
+
+def _bytes(roles: Sequence[Tensors], dtype: torch.dtype) -> int:
+    return sum(r[0].numel() * len(r) for r in roles if r) * dtype.itemsize
+
+
+def _by_rows(dtype: torch.dtype, pairs: int, hit: int, possible: bool) -> Method:
+    columns = possible and hit < pairs <= _blas().columns * hit
     return Method(dtype, columns, repack=columns and pairs < STRIDED_ROWS * hit)
+
+
+@cache
+def _blas() -> Blas:
+    """That of this CPU."""
+    return BLAS.get(torch.backends.cpu.get_cpu_capability(), Blas())
 
 
 @cache
@@ -290,14 +372,16 @@ def _activate(act: Activation, gate: Tensor, up: Tensor | None = None) -> Tensor
     return a.mul_(u + act.up_offset if act.up_offset else u)
 
 
-def _weighted_sum(rows: Tensor, position: Tensor, pairs: int, weights: Tensor | None, top_k: int) -> Tensor:
-    """``[T, H]`` in the accumulation dtype, summed in the order of k; reads the first ``pairs`` rows."""
+def _weighted_sum(
+    rows: Tensor, position: Tensor, pairs: int, none_left_out: bool, weights: Tensor | None, top_k: int
+) -> Tensor:
+    """``[T, H]`` in the accumulation dtype, summed in the order of k; reads rows before ``pairs``, where others are."""
     total = len(position)
     wide = _accumulator(rows.dtype)
     if pairs == 0:  # embedding_bag wants at least one row
         return rows.new_zeros(total // top_k, rows.shape[1], dtype=wide)
     weights = None if weights is None else weights.reshape(-1).to(wide)
-    skipped = pairs if pairs < total else None  # embedding_bag never reads its padding row
+    skipped = None if none_left_out else pairs  # embedding_bag never reads its padding row
     bags = torch.arange(0, total, top_k)
     return torch.embedding_bag(rows.to(wide), position, bags, False, 0, False, weights, False, skipped)[0]
 

@@ -309,29 +309,59 @@ def test_blocks_cover_every_row_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows == [(e, r) for e, a, b in segments for r in range(a, b)]
 
 
+AVX512, OTHER = cpu.BLAS["AVX512"]._replace(least=5000), cpu.Blas()
+ROWS, COLUMNS, REPACKED, GROUPED = {}, {"columns": True}, {"columns": True, "repack": True}, {"grouped": True}
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("t", "storage", "upcast", "columns", "repack"),
+    ("t", "storage", "upcast", "other", "avx512"),
     [
-        (1, "stacked", False, False, False),  # a row for every expert: PyTorch's own half precision loop
-        (1, "transposed", True, False, False),
-        (30, "stacked", True, True, True),  # 15 rows
-        (40, "stacked", True, True, False),  # 20 rows
-        (256, "stacked", True, True, False),  # 128 rows
-        (258, "stacked", True, False, False),
-        (40, "transposed", True, False, False),
+        (1, "stacked", False, ROWS, ROWS),  # a row for every expert: PyTorch's own half precision loop
+        (1, "transposed", True, ROWS, ROWS),
+        (24, "stacked", True, REPACKED, REPACKED),  # 12 rows
+        (30, "stacked", True, REPACKED, GROUPED),  # 15 rows
+        (40, "stacked", True, COLUMNS, GROUPED),
+        (256, "stacked", True, COLUMNS, GROUPED),  # 128 rows
+        (258, "stacked", True, GROUPED, GROUPED),
+        (258, "separate", True, ROWS, ROWS),
+        (40, "transposed", True, ROWS, ROWS),
     ],
 )
+@pytest.mark.parametrize("blas", [OTHER, AVX512], ids=["other", "avx512"])
 def test_method(
-    t: int, storage: str, upcast: bool, columns: bool, repack: bool, dtype: torch.dtype,
-    methods: list[cpu.Method], monkeypatch: pytest.MonkeyPatch,
+    t: int, storage: str, upcast: bool, other: dict[str, bool], avx512: dict[str, bool], blas: cpu.Blas,
+    dtype: torch.dtype, methods: list[cpu.Method], monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(cpu, "_native_gemm", lambda dtype: False)
+    monkeypatch.setattr(cpu, "_blas", lambda: blas)
     ids = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]]).repeat((t + 1) // 2, 1)[:t, : 4 if t == 1 else 2]
-    sample = make(t, 4, ids.shape[1], dtype=dtype, storage=storage, ids=ids)
-    check(sample)
-    expected = torch.float32 if upcast and dtype in HALF else dtype
-    assert methods == [cpu.Method(expected, columns, repack)]
+    check(make(t, 4, ids.shape[1], 16, 24, dtype, storage=storage, ids=ids))
+    expected = cpu.Method(torch.float32 if upcast and dtype in HALF else dtype, **(avx512 if blas == AVX512 else other))
+    if dtype != torch.float32:  # grouped_mm takes no float64, and no weights that are upcast a tile at a time
+        expected = expected._replace(grouped=False)
+    assert methods == [expected]
+
+
+@pytest.mark.parametrize(("least", "columns"), [(4 * 4 * 16 * 72, True), (4 * 4 * 16 * 72 + 1, False)])
+def test_small_weights_stay_in_the_cache(
+    least: int, columns: bool, methods: list[cpu.Method], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "_blas", lambda: AVX512._replace(least=least))
+    ids = torch.tensor([[0, 1], [2, 3]]).repeat(12, 1)
+    for storage in ("stacked", "separate"):
+        check(make(24, 4, 2, 16, 24, storage=storage, ids=ids))
+    assert [method.columns for method in methods] == [columns] * 2
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("h", "i"), [(32, 64), (32, 62), (30, 64)])
+def test_what_grouped_mm_does_not_take(
+    h: int, i: int, biased: bool, methods: list[cpu.Method], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "_blas", lambda: AVX512)
+    check(make(60, 4, 2, h, i, bias=biased))
+    assert [method.grouped for method in methods] == [(h, i) == (32, 64) and not biased]
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -341,11 +371,48 @@ def test_method_on_a_cpu_with_half_precision(
     monkeypatch.setattr(cpu, "_native_gemm", lambda dtype: True)
     for t in (1, 64):
         check(make(t, 2, 1, 32, 64, dtype=dtype))
-    assert methods == [cpu.Method(dtype, False, False)] * 2
+    assert methods == [cpu.Method(dtype), cpu.Method(dtype, grouped=True)]
     methods.clear()
     for h, i in ((33, 64), (32, 42)):  # oneDNN would read on into the next row
         check(make(64, 2, 1, h, i, dtype=dtype))
     assert [method.dtype for method in methods] == [torch.float32] * 2
+
+
+@pytest.mark.parametrize("form", ["fused", "split"])
+def test_experts_without_rows_in_one_call(
+    form: str, methods: list[cpu.Method], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The experts of a block need not follow each other, and one may lie in two blocks."""
+    monkeypatch.setattr(cpu, "BLOCK_BYTES", 4000)
+    monkeypatch.setattr(cpu, "SPLIT_ROWS", 7)
+    monkeypatch.setattr(cpu, "_blas", lambda: AVX512)
+    ids = torch.tensor([[1, 6], [6, 1], [4, 1], [1, 9]]).repeat(20, 1)
+    check(make(80, 9, 2, 32, 64, form=form, ids=ids))
+    assert [method.grouped for method in methods] == [True]
+
+
+@pytest.mark.parametrize("counts", [(11, 12, 32, 10), (5, 15, 0, 14), (15, 31, 13, 13)])
+def test_columns_are_filled(counts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts with 11 to 15 rows in their last vector get what it lacks; nobody else's number changes."""
+    monkeypatch.setattr(cpu, "_blas", lambda: cpu.Blas(columns=128, vector=16))
+    multiplied: list[int] = []
+    mm = torch.mm
+
+    def spy(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        multiplied.append(len(x))
+        return mm(x, w, out=out)
+
+    monkeypatch.setattr(torch, "mm", spy)
+    ids = torch.repeat_interleave(torch.tensor([0, 1, 2, 3]), torch.tensor(counts))
+    ids = torch.cat([ids, torch.tensor([-1, 4, -1])])[torch.randperm(sum(counts) + 3)].view(-1, 1)
+    sample = make(len(ids), 4, 1, 16, 24, ids=ids)
+    sample.moe.hidden_states[ids[:, 0] == 1] = float("nan")
+    out = sample.run()
+    rows = [n if (-n) % 16 > 5 else n + (-n) % 16 for n in counts if n]
+    assert multiplied == rows * 2
+    exact = sample.moe.reference(torch.float64)
+    other = ids[:, 0] != 1
+    assert bool(out[~other].isnan().all()) and error(out[other], exact[other]) < 1e-6
 
 
 def test_upcast_is_more_accurate_than_the_loop() -> None:
