@@ -166,7 +166,8 @@ def optimize(model: Model, *, quantize: str | None = None, keep_originals: bool 
         quantize: ``"fp8"`` also rounds the weights of the experts to float8_e4m3fn with a scale per 128 x 128, for
             inference, and changes what the model computes: the report and the log (``moe_compile.quantizing``) state
             each layer's memory and measured error. Layers are done one by one, and the memory of each is free before
-            the next. A layer that cannot be quantised stays as it is, and the report says why.
+            the next. A layer that cannot be quantised stays as it is, and the report says why. ``save_pretrained``
+            raises from then on, as ``from_pretrained`` could not read the result.
         keep_originals: keep the old weights on the CPU, so that ``restore`` can bring them back.
         **options: ``strict`` (raise instead of leaving a module as it is), ``dryrun`` (report, change nothing) and
             ``deepgemm_rule`` of ``moe_compile.config.Options``; the other options belong to ``torch.compile``.
@@ -224,6 +225,7 @@ def optimize(model: Model, *, quantize: str | None = None, keep_originals: bool 
         if found is not None:
             try:
                 quantizing.quantize_module(module, found, keep_originals)
+                quantizing.guard_saving(model)
             except Exception as error:
                 raise quantizing.QuantizedError(
                     f"layer {done + 1} of {len(chosen)} was not quantised ({type(error).__name__}: {error}); it and "
@@ -247,6 +249,7 @@ def restore(model: Model) -> Model:
             quantizing.unquantize_module(module)
         if is_optimized(module):
             del module.forward
+    quantizing.guard_saving(model)
     return model
 
 

@@ -133,6 +133,37 @@ def unquantize_module(module: Any) -> None:
         delattr(module, name)
 
 
+def guard_saving(model: nn.Module) -> None:
+    """Let ``save_pretrained`` of this model, and of those inside it, raise as long as they hold quantised modules.
+
+    It would write fp8 numbers beside a configuration that says float; ``from_pretrained`` reads them as weights,
+    leaves the scales out, and calls that unexpected keys.
+    """
+    for module in model.modules():
+        if not hasattr(type(module), "save_pretrained"):
+            continue
+        guarded = module.__dict__.get("save_pretrained") is save_pretrained
+        quantised = any(is_quantized(m) for m in module.modules())
+        if quantised and "save_pretrained" not in module.__dict__:
+            module.__dict__["save_pretrained"] = save_pretrained
+        elif guarded and not quantised:
+            del module.__dict__["save_pretrained"]
+
+
+def save_pretrained(*args: Any, **kwargs: Any) -> Any:
+    """In place of the class's own ``save_pretrained``.
+
+    Raises:
+        QuantizedError: always.
+    """
+    raise QuantizedError(
+        "this model was quantised by moe_compile, and from_pretrained would read what save_pretrained writes as float "
+        "weights, without their scales; keep the checkpoint it was loaded from and call optimize(model, "
+        "quantize='fp8') after loading, or save model.state_dict(), which load_state_dict takes once the model is "
+        "quantised again"
+    )
+
+
 def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
     """In place of the class's own ``forward``, which would take fp8 numbers for weights.
 

@@ -6,6 +6,7 @@ import copy
 import logging
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from support import relative
 from torch import Tensor, nn
 from transformers import GptOssConfig, MixtralConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
-from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts, MixtralForCausalLM
 
 import moe_compile
 from moe_compile import huggingface, quantizing, report
@@ -137,6 +138,41 @@ def test_restore_brings_back_what_was_kept() -> None:
         assert restored.gate_up_proj.requires_grad and not restored.down_proj.requires_grad
         assert torch.equal(restored(*inputs()), expected)
         assert set(restored.__dict__) == names
+
+
+def test_a_quantised_model_is_not_saved_as_a_float_one(tmp_path: Path) -> None:
+    sizes = {**SIZES, "hidden_size": 128, "vocab_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, num_hidden_layers=1)).eval()
+    tokens, names = torch.arange(6)[None], set(model.__dict__)
+    before = model(tokens).logits
+    moe_compile.optimize(model).save_pretrained(tmp_path / "float")
+    moe_compile.optimize(model, quantize="fp8", keep_originals=True)
+    expected = model(tokens).logits
+    torch.save(model, tmp_path / "whole")
+    whole = torch.load(tmp_path / "whole", weights_only=False)
+    for guarded in (model, model.model, copy.deepcopy(model), whole):
+        with pytest.raises(QuantizedError, match=r"read what save_pretrained writes as float weights"):
+            guarded.save_pretrained(tmp_path / "fp8")
+    assert not (tmp_path / "fp8").exists()
+    # what the error advises: quantise after loading, then weights go from one to the other
+    loaded = MixtralForCausalLM.from_pretrained(tmp_path / "float").eval()
+    moe_compile.optimize(loaded, quantize="fp8")
+    assert torch.equal(loaded(tokens).logits, expected)
+    for weight in loaded.parameters():
+        weight.zero_()
+    loaded.load_state_dict(model.state_dict())
+    assert torch.equal(loaded(tokens).logits, expected)
+    moe_compile.restore(model).save_pretrained(tmp_path / "restored")
+    again = MixtralForCausalLM.from_pretrained(tmp_path / "restored").eval()
+    assert torch.equal(again(tokens).logits, before) and set(model.__dict__) == names
+
+
+def test_a_save_of_ones_own_is_left_alone() -> None:
+    model = MixtralForCausalLM(MixtralConfig(**SIZES, num_hidden_layers=1, num_attention_heads=2, vocab_size=32))
+    model.save_pretrained = print
+    moe_compile.optimize(model, quantize="fp8", keep_originals=True)
+    assert model.save_pretrained is print
+    assert moe_compile.restore(model).save_pretrained is print
 
 
 def test_restore_says_that_nothing_was_kept() -> None:
