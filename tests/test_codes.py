@@ -19,13 +19,13 @@ def test_codes_are_well_formed_and_unique() -> None:
     assert list(CODES) == sorted(CODES)
 
 
-def test_every_code_in_the_source_is_in_the_table() -> None:
-    used: dict[str, Path] = {}
+def test_the_source_and_the_table_have_the_same_codes() -> None:
+    used: set[str] = set()
     for folder in ("moe_compile", "patterns"):
         for path in (ROOT / folder).rglob("*.py"):
-            used.update(dict.fromkeys(re.findall(r'"(MC\d{3})"', path.read_text()), path))
-    unknown = {code: str(path) for code, path in used.items() if code not in CODES}
-    assert not unknown
+            if path.name != "codes.py":
+                used.update(re.findall(r'"(MC\d{3})"', path.read_text()))
+    assert used == set(CODES)
 
 
 def test_page_is_up_to_date() -> None:

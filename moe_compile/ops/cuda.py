@@ -16,7 +16,15 @@ from torch import Tensor
 from ..spec import Router
 from .calls import check_device, epilogue, fit, kernel, kind_of, on, operand, place, role_traits, table_of, traits
 from .schema import implement, num_experts
-from .validate import check_combine, check_experts, check_grouped_linear, check_ids, check_offsets, check_route
+from .validate import (
+    MAX_PAIRS,
+    check_combine,
+    check_experts,
+    check_grouped_linear,
+    check_ids,
+    check_offsets,
+    check_route,
+)
 
 
 def experts(
@@ -88,6 +96,7 @@ def _check(
         and topk_ids.dtype in (torch.int64, torch.int32)
         and topk_ids.shape[0] == x.shape[0]
         and topk_ids.shape == topk_weights.shape
+        and topk_ids.numel() <= MAX_PAIRS
         and topk_weights.is_floating_point()
         and (gated or not (w3 or interleaved))
         and not (w3 and interleaved)

@@ -15,6 +15,7 @@ from .schema import is_stacked, num_experts
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 IDS = (torch.int32, torch.int64)
+MAX_PAIRS = 2**31 - 1 - 2**20  # tokens times top_k, with room for what a last program counts past the end
 
 
 def check_experts(
@@ -118,6 +119,11 @@ def check_ids(topk_ids: Tensor) -> None:
     _dims("topk_ids", topk_ids, ("T", "K"))
     if topk_ids.shape[1] < 1:
         raise ValueError(f"topk_ids is {_shape(topk_ids)}; every token needs at least one expert, so K >= 1")
+    if topk_ids.numel() > MAX_PAIRS:
+        raise ValueError(
+            f"topk_ids {_shape(topk_ids)} has {topk_ids.numel()} pairs, and a pair's number has 32 bits; split the "
+            f"tokens over calls of at most {MAX_PAIRS // topk_ids.shape[1]}"
+        )
 
 
 def check_grouped_linear(

@@ -4,7 +4,7 @@ The shapes of two grids are those of vLLM's tests for block-scaled fp8 (``tests/
 ``test_deepgemm.py``), judged by its tolerances and by tighter ones of ours; which kernels ran is asserted throughout.
 Before every case freed memory is filled with NaN, so that a row that nobody wrote shows if it is read.
 
-Without DeepGEMM its cases are skipped; with ``MOE_COMPILE_TEST_DEEPGEMM=1`` they fail.
+Without DeepGEMM its cases are skipped; with ``REQUIRE_DEEPGEMM=1`` they fail.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def need_deepgemm(path: str = "deepgemm") -> None:
     found = find(0) if path == "deepgemm" else None
     if isinstance(found, NoMatch):
         reason = f"no DeepGEMM: {found}"
-        if os.environ.get("MOE_COMPILE_TEST_DEEPGEMM") == "1":
+        if os.environ.get("REQUIRE_DEEPGEMM") == "1":
             pytest.fail(reason)
         pytest.skip(reason)
 

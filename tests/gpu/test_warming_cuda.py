@@ -1,7 +1,7 @@
 """Warm-up on a real device: afterwards captures compile and load nothing, and a second process compiles nothing.
 
 Each case is two fresh processes (``warm_child.py``) on caches of their own. Without DeepGEMM its case is skipped; with
-``MOE_COMPILE_TEST_DEEPGEMM=1`` it fails.
+``REQUIRE_DEEPGEMM=1`` it fails.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def test_a_compiled_naive_model(tmp_path: Path) -> None:
 def test_first_captures_take_deepgemm(tmp_path: Path) -> None:
     first = child("fp8", tmp_path)
     if "skip" in first:
-        if os.environ.get("MOE_COMPILE_TEST_DEEPGEMM") == "1":
+        if os.environ.get("REQUIRE_DEEPGEMM") == "1":
             pytest.fail(first["skip"])
         pytest.skip(first["skip"])
     check_first(first)

@@ -90,6 +90,14 @@ def test_errors() -> None:
             cuda.experts(*broken(change, layout=layout))
 
 
+def test_too_many_pairs() -> None:
+    """A pair's number would not fit its 32 bits; nothing is allocated before that is seen."""
+    args = list(Layer(2, 3, 2, 16, 24).op_args())
+    args[0], args[1], args[2] = (t[:1].expand(2**30, -1) for t in args[:3])  # type: ignore[index]
+    with pytest.raises(ValueError, match=r"2147483648 pairs, and a pair's number has 32 bits; split .* 1073217535"):
+        cuda.experts(*args)  # type: ignore[arg-type]
+
+
 def test_unlike_separate_weights() -> None:
     def strides(args: list[Any]) -> None:
         args[3][1] = args[3][1].t().contiguous().t()

@@ -422,6 +422,12 @@ def test_upcast_is_more_accurate_than_the_loop() -> None:
         assert error(sample.run(), exact) <= error(sample.moe.reference(), exact)
 
 
+def test_too_many_pairs() -> None:
+    ids = torch.zeros(1, 2, dtype=torch.int64).expand(2**30, 2)
+    with pytest.raises(ValueError, match="2147483648 pairs"):
+        OPS.sort_pairs(ids, 3)
+
+
 def test_one_token_is_not_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     sort = cpu._sort
