@@ -1,23 +1,13 @@
 """CPU implementations of ``torch.ops.moe_compile.*``: grouped, in plain PyTorch ops.
 
 Shape legend: see ``spec.py``. Pairs are sorted by expert, and experts taken in blocks whose intermediate
-rows stay in cache: first GEMMs, activation, second GEMMs. A weighted sum in a fixed order ends it.
-
-How the GEMMs of a call run is decided from its shape alone (``_choose``), because BLAS differs:
-
-* bf16/fp16 without CPU instructions for it: PyTorch's own loop wins for a few rows (it reads half the
-  bytes), else weights are upcast tile by tile into a float32 scratch: 2 to 8 times faster, more accurate.
-* ``out.T = W @ rows.T`` beats ``rows @ W.T`` by up to 2 times for 2 to 100 rows of an expert, with AVX-512 for 2 to
-  12 (but loses to it by 8 where weights are transposed views). The layout of the output buffer is what selects it.
-* Where nothing is to be had from that, all experts of a block go to one ``F.grouped_mm``, if its form allows it:
-  the same products, without Python between them.
+rows stay in cache: first GEMMs, activation, second GEMMs (``cpu_gemm``). A weighted sum in a fixed order ends it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache, lru_cache, partial
-from itertools import accumulate
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -25,105 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..spec import INF, Activation, Router
-from .schema import implement, is_stacked
+from .cpu_gemm import MISSING_ROWS, Method, Projection, Segment, Tensors, blas, choose
+from .schema import implement
 from .validate import check_combine, check_experts, check_grouped_linear, check_ids, check_route
 
 BLOCK_BYTES = 1 << 20  # intermediate rows of one block: stays in cache, few calls of the activation
 SPLIT_ROWS = 256  # one expert is split only into runs that still make an efficient GEMM
-TILE = 1 << 20  # elements of a weight that are upcast at a time
-NATIVE_ROWS = 3  # up to here (rows of an expert, on average) half precision GEMMs win without upcast
-# oneDNN's AMX GEMM of a width that is not a multiple of this reads on into the next row, times zero: a NaN there
-# would reach another token (seen with PyTorch 2.11 and 2.13). Such widths are upcast.
-NATIVE_BLOCK = 32
-STRIDED_ROWS = 16  # from here on BLAS takes column-major rows as fast as row-major ones
-
-
-class Blas(NamedTuple):
-    """What MKL does with ``W @ rows.T``, measured on two kinds of AMD EPYC, by their instructions.
-
-    Args:
-        columns: mean rows of an expert up to which it wins.
-        vector: columns that end in a vector not quite full of so many take up to 2.5 times as long as in a full one.
-        least: bytes of the weights of all experts from which it wins; smaller ones stay in the cache.
-    """
-
-    columns: int = 128
-    vector: int = 1
-    least: int = 0
-
-
-BLAS = {"AVX512": Blas(columns=12, vector=16, least=1 << 24)}
-MISSING_ROWS = 5  # of 16: columns that lack so many or fewer are better filled
-
-Segment = tuple[int, int, int]  # expert, first row, end row
-Tensors = Sequence[Tensor]
-
-
-class Method(NamedTuple):
-    """How the GEMMs of one call run."""
-
-    dtype: torch.dtype  # of the GEMMs
-    columns: bool = False  # outputs are column-major
-    repack: bool = False  # rows are made row-major before the second GEMM
-    grouped: bool = False  # all experts of a block in one call
-
-
-class Projection:
-    """One weight role with its bias: ``out = rows @ weight[e].T + bias[e]``."""
-
-    def __init__(self, weight: Tensors, bias: Tensors, method: Method) -> None:
-        self.weight = weight[0].mT if is_stacked(weight) else weight
-        self.stacked = is_stacked(weight)
-        self.bias = bias[0] if len(bias) == 1 and bias[0].dim() == 2 else bias
-        self.biased = len(bias) > 0
-        self.width, inner = weight[0].shape[-2:]
-        self.grouped = method.grouped
-        self.layout = (1, 0) if method.columns else (0, 1)
-        self.scratch: Tensor | None = None
-        if weight[0].dtype != method.dtype:
-            tile = min(self.width, max(1, TILE // inner))
-            # The scratch [in, tile] keeps the weight's memory order: a transposing copy is many times slower.
-            order = (1, 0) if weight[0].stride(-1) == 1 else (0, 1)
-            self.scratch = torch.empty_permuted((inner, tile), order, dtype=method.dtype)
-
-    def __call__(self, runs: list[Segment], rows: Tensor, out: Tensor | None = None) -> Tensor:
-        """The rows of one block (or one row for all runs), into ``out`` (row-major) when given."""
-        if self.grouped:
-            return self._grouped(runs, rows) if out is None else out.copy_(self._grouped(runs, rows))
-        buffer, n = out, runs[-1][2] if runs else 0
-        if buffer is None or self.layout != (0, 1):
-            buffer = torch.empty_permuted((n, self.width), self.layout, dtype=rows.dtype)  # [n, out]
-        sizes = [end - start for _, start, end in runs]
-        xs = rows.split_with_sizes(sizes) if len(rows) == n else [rows] * n
-        ys = buffer.split_with_sizes(sizes)
-        for (expert, _, _), x, y in zip(runs, xs, ys, strict=True):
-            weight = self.weight[expert] if self.stacked else self.weight[expert].t()  # [in, out]
-            if self.scratch is not None:
-                self._upcast(x, weight, self.bias[expert] if self.biased else None, y, self.scratch)
-            elif self.biased:
-                torch.addmm(self.bias[expert], x, weight, out=y)
-            else:
-                torch.mm(x, weight, out=y)
-        return buffer if out is None or out is buffer else out.copy_(buffer)
-
-    def _grouped(self, runs: list[Segment], rows: Tensor) -> Tensor:
-        """All at once: the experts from the first to the last of the block, some of which may have no rows."""
-        first, last = runs[0][0], runs[-1][0]
-        counts = [0] * (last - first + 1)
-        for expert, start, end in runs:
-            counts[expert - first] += end - start
-        ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32)
-        assert isinstance(self.weight, Tensor)
-        return F.grouped_mm(rows, self.weight[first : last + 1], offs=ends)
-
-    def _upcast(self, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, scratch: Tensor) -> None:
-        step = scratch.shape[1]
-        for start in range(0, self.width, step):
-            part = slice(start, start + step)
-            tile = scratch[:, : self.width - start].copy_(weight[:, part])
-            torch.mm(x, tile, out=y[:, part])
-        if bias is not None:
-            y.add_(bias)
 
 
 class Layer(NamedTuple):
@@ -162,7 +59,7 @@ def _experts(
         wide = _accumulator(hidden_states.dtype)
 
         def layer(pairs: int, hit: int) -> Layer:
-            method = _choose(hidden_states.dtype, pairs, hit, (w1, w3, w2), bool(b1 or b3 or b2))
+            method = choose(hidden_states.dtype, pairs, hit, (w1, w3, w2), bool(b1 or b3 or b2))
             first = [Projection(w, b, method) for w, b in ((w1, b1), (w3, b3)) if w]
             return Layer(first, Projection(w2, b2, method), act, interleaved, method, wide)
 
@@ -191,7 +88,7 @@ def _many_tokens(
     order, position, segments = _route(topk_ids, experts)
     network, top_k = layer(len(order), len(segments)), topk_ids.shape[1]
     none_left_out = len(order) == len(position)
-    if network.method.columns and _blas().vector > 1:
+    if network.method.columns and blas().vector > 1:
         order, position, segments = _filled(order, position, segments)
     pairs = len(order)
     # The rows of pairs that count, and one row that stands for all others and is never read.
@@ -217,7 +114,7 @@ def _grouped_linear(rows: Tensor, weight: Tensors, bias: Tensors, offsets: Tenso
         experts = check_grouped_linear(rows, weight, bias, offsets)
         ends = offsets.tolist()
         segments = [(e, ends[e], ends[e + 1]) for e in range(experts) if ends[e] < ends[e + 1]]
-        method = _choose(rows.dtype, ends[-1], len(segments), (weight,), bool(bias))
+        method = choose(rows.dtype, ends[-1], len(segments), (weight,), bool(bias))
         project = Projection(weight, bias, method)
         out = rows.new_empty(rows.shape[0], project.width)  # [P, out]
         for start, end, runs in _blocks(segments, project.width * method.dtype.itemsize):
@@ -267,7 +164,7 @@ def _filled(order: Tensor, position: Tensor, segments: list[Segment]) -> tuple[T
 
     They repeat the expert's last row, so they hold nothing that is not in a row that counts.
     """
-    vector, filled = _blas().vector, list[Segment]()
+    vector, filled = blas().vector, list[Segment]()
     repeats = [1] * len(order)
     more = 0
     for expert, start, end in segments:
@@ -299,51 +196,6 @@ def _blocks(segments: list[Segment], row_bytes: int) -> Iterator[tuple[int, int,
             runs.append((expert, begin - start, end - start))
     if runs:
         yield start, start + runs[-1][2], runs
-
-
-def _choose(dtype: torch.dtype, pairs: int, hit: int, roles: Sequence[Tensors], biased: bool) -> Method:
-    """Pick the method from the mean number of rows of an expert; both tricks need weights dense in ``in``."""
-    row_major = all(r[0].stride(-1) == 1 for r in roles if r)
-    together = pairs > hit and not biased and all(_fits_grouped_mm(r) for r in roles if r)
-    if dtype in (torch.bfloat16, torch.float16):
-        if _native_gemm(dtype):
-            keep = all(r[0].shape[-1] % NATIVE_BLOCK == 0 for r in roles if r)
-        else:
-            keep, together = row_major and pairs <= NATIVE_ROWS * hit, False
-        if keep:
-            return Method(dtype, grouped=together)
-        dtype, together = torch.float32, False
-    method = _by_rows(dtype, pairs, hit, row_major and _bytes(roles, dtype) >= _blas().least)
-    return method._replace(grouped=together and not method.columns and dtype == torch.float32)
-
-
-def _fits_grouped_mm(weight: Tensors) -> bool:
-    """Whether ``F.grouped_mm`` takes a role, and rows to be multiplied by it: rows start on 16 bytes."""
-    w = weight[0]
-    per_vector = 16 // w.itemsize
-    return is_stacked(weight) and w.stride(2) == 1 and not any(n % per_vector for n in (*w.stride()[:2], w.shape[2]))
-
-
-def _bytes(roles: Sequence[Tensors], dtype: torch.dtype) -> int:
-    return sum(r[0].numel() * len(r) for r in roles if r) * dtype.itemsize
-
-
-def _by_rows(dtype: torch.dtype, pairs: int, hit: int, possible: bool) -> Method:
-    columns = possible and hit < pairs <= _blas().columns * hit
-    return Method(dtype, columns, repack=columns and pairs < STRIDED_ROWS * hit)
-
-
-@cache
-def _blas() -> Blas:
-    """That of this CPU."""
-    return BLAS.get(torch.backends.cpu.get_cpu_capability(), Blas())
-
-
-@cache
-def _native_gemm(dtype: torch.dtype) -> bool:
-    """Whether this CPU and this build of PyTorch multiply ``dtype`` matrices without emulation."""
-    name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
-    return bool(getattr(torch.ops.mkldnn, name, lambda: False)())
 
 
 _activation = lru_cache(maxsize=64)(Activation.from_args)

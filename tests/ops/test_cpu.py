@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_compile.ops import cpu
+from moe_compile.ops import cpu, cpu_gemm
 from moe_compile.spec import ACTIVATIONS, Activation, Experts, MoE, Weight
 
 OPS = torch.ops.moe_compile
@@ -135,21 +135,27 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(params=[False, True], ids=["emulated", "native"])
 def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Both kinds of CPU: with and without instructions for half precision."""
-    monkeypatch.setattr(cpu, "_native_gemm", lambda dtype: request.param)
+    monkeypatch.setattr(cpu_gemm, "native_gemm", lambda dtype: request.param)
     return bool(request.param)
+
+
+def set_blas(monkeypatch: pytest.MonkeyPatch, blas: cpu_gemm.Blas) -> None:
+    """As on a CPU of another kind."""
+    for module in (cpu, cpu_gemm):
+        monkeypatch.setattr(module, "blas", lambda: blas)
 
 
 @pytest.fixture
 def methods(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[cpu.Method]]:
     """The methods that were chosen, in order."""
     seen: list[cpu.Method] = []
-    choose = cpu._choose
+    choose = cpu.choose
 
     def spy(*args: Any) -> cpu.Method:
         seen.append(choose(*args))
         return seen[-1]
 
-    monkeypatch.setattr(cpu, "_choose", spy)
+    monkeypatch.setattr(cpu, "choose", spy)
     yield seen
 
 
@@ -287,11 +293,11 @@ def test_inputs_unchanged_and_result_fresh(dtype: torch.dtype, native: bool) -> 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_small_tiles_and_blocks(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "TILE", 40)
+    monkeypatch.setattr(cpu_gemm, "TILE", 40)
     monkeypatch.setattr(cpu, "BLOCK_BYTES", 400)
     monkeypatch.setattr(cpu, "SPLIT_ROWS", 3)
-    monkeypatch.setattr(cpu, "NATIVE_ROWS", 0)
-    monkeypatch.setattr(cpu, "_native_gemm", lambda dtype: False)
+    monkeypatch.setattr(cpu_gemm, "NATIVE_ROWS", 0)
+    monkeypatch.setattr(cpu_gemm, "native_gemm", lambda dtype: False)
     for t, form, storage in itertools.product((1, 9, 77), ("fused", "split"), ("stacked", "transposed")):
         sample = make(t, 5, 2, 13, 11, dtype, form=form, storage=storage, bias=True)
         check(sample)
@@ -309,7 +315,7 @@ def test_blocks_cover_every_row_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows == [(e, r) for e, a, b in segments for r in range(a, b)]
 
 
-AVX512, OTHER = cpu.BLAS["AVX512"]._replace(least=5000), cpu.Blas()
+AVX512, OTHER = cpu_gemm.BLAS["AVX512"]._replace(least=5000), cpu_gemm.Blas()
 ROWS, COLUMNS, REPACKED, GROUPED = {}, {"columns": True}, {"columns": True, "repack": True}, {"grouped": True}
 
 
@@ -330,11 +336,11 @@ ROWS, COLUMNS, REPACKED, GROUPED = {}, {"columns": True}, {"columns": True, "rep
 )
 @pytest.mark.parametrize("blas", [OTHER, AVX512], ids=["other", "avx512"])
 def test_method(
-    t: int, storage: str, upcast: bool, other: dict[str, bool], avx512: dict[str, bool], blas: cpu.Blas,
+    t: int, storage: str, upcast: bool, other: dict[str, bool], avx512: dict[str, bool], blas: cpu_gemm.Blas,
     dtype: torch.dtype, methods: list[cpu.Method], monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cpu, "_native_gemm", lambda dtype: False)
-    monkeypatch.setattr(cpu, "_blas", lambda: blas)
+    monkeypatch.setattr(cpu_gemm, "native_gemm", lambda dtype: False)
+    set_blas(monkeypatch, blas)
     ids = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]]).repeat((t + 1) // 2, 1)[:t, : 4 if t == 1 else 2]
     check(make(t, 4, ids.shape[1], 16, 24, dtype, storage=storage, ids=ids))
     expected = cpu.Method(torch.float32 if upcast and dtype in HALF else dtype, **(avx512 if blas == AVX512 else other))
@@ -347,7 +353,7 @@ def test_method(
 def test_small_weights_stay_in_the_cache(
     least: int, columns: bool, methods: list[cpu.Method], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu, "_blas", lambda: AVX512._replace(least=least))
+    set_blas(monkeypatch, AVX512._replace(least=least))
     ids = torch.tensor([[0, 1], [2, 3]]).repeat(12, 1)
     for storage in ("stacked", "separate"):
         check(make(24, 4, 2, 16, 24, storage=storage, ids=ids))
@@ -359,7 +365,7 @@ def test_small_weights_stay_in_the_cache(
 def test_what_grouped_mm_does_not_take(
     h: int, i: int, biased: bool, methods: list[cpu.Method], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu, "_blas", lambda: AVX512)
+    set_blas(monkeypatch, AVX512)
     check(make(60, 4, 2, h, i, bias=biased))
     assert [method.grouped for method in methods] == [(h, i) == (32, 64) and not biased]
 
@@ -368,7 +374,7 @@ def test_what_grouped_mm_does_not_take(
 def test_method_on_a_cpu_with_half_precision(
     dtype: torch.dtype, methods: list[cpu.Method], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu, "_native_gemm", lambda dtype: True)
+    monkeypatch.setattr(cpu_gemm, "native_gemm", lambda dtype: True)
     for t in (1, 64):
         check(make(t, 2, 1, 32, 64, dtype=dtype))
     assert methods == [cpu.Method(dtype), cpu.Method(dtype, grouped=True)]
@@ -385,7 +391,7 @@ def test_experts_without_rows_in_one_call(
     """The experts of a block need not follow each other, and one may lie in two blocks."""
     monkeypatch.setattr(cpu, "BLOCK_BYTES", 4000)
     monkeypatch.setattr(cpu, "SPLIT_ROWS", 7)
-    monkeypatch.setattr(cpu, "_blas", lambda: AVX512)
+    set_blas(monkeypatch, AVX512)
     ids = torch.tensor([[1, 6], [6, 1], [4, 1], [1, 9]]).repeat(20, 1)
     check(make(80, 9, 2, 32, 64, form=form, ids=ids))
     assert [method.grouped for method in methods] == [True]
@@ -394,7 +400,7 @@ def test_experts_without_rows_in_one_call(
 @pytest.mark.parametrize("counts", [(11, 12, 32, 10), (5, 15, 0, 14), (15, 31, 13, 13)])
 def test_columns_are_filled(counts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Experts with 11 to 15 rows in their last vector get what it lacks; nobody else's number changes."""
-    monkeypatch.setattr(cpu, "_blas", lambda: cpu.Blas(columns=128, vector=16))
+    set_blas(monkeypatch, cpu_gemm.Blas(columns=128, vector=16))
     multiplied: list[int] = []
     mm = torch.mm
 
