@@ -27,6 +27,9 @@ else:
             ours = name.startswith("moe_compile.kernels.")
             if ours or name == "triton" or (name.startswith("triton.") and not name.startswith("triton._C")):
                 del sys.modules[name]
+                parent, _, child = name.rpartition(".")
+                if ours and parent in sys.modules:  # else ``from moe_compile.kernels import`` finds the old one there
+                    vars(sys.modules[parent]).pop(child, None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
