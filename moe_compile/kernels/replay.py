@@ -33,9 +33,10 @@ LARGEST = 1 << 28  # bytes between the kernels: above, memory that is given back
 class Found:
     """A compiled kernel with everything of a launch that alike calls share."""
 
-    __slots__ = ("_function", "_grid", "_metadata", "_run", "constants")
+    __slots__ = ("_compiled", "_function", "_grid", "_metadata", "_run", "constants")
 
     def __init__(self, compiled: Any, grid: tuple[int, ...], constants: tuple[Any, ...]) -> None:
+        self._compiled = compiled  # newer Tritons unload a kernel that nobody holds any more
         self._run, self._function, self._metadata = compiled.run, compiled.function, compiled.packed_metadata
         self._grid = (*grid, 1, 1)[:3]
         self.constants = constants  # compile-time arguments, which the launcher wants and leaves alone

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import gc
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -26,11 +28,15 @@ class Kernel:
 
     def __init__(self, name: str, log: list[tuple[Any, ...]], compiles: bool = True) -> None:
         self.name, self.log, self.compiles = name, log, compiles
+        self.compiled: list[Compiled] = []
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def launch(*args: Any, **constants: Any) -> Any:
             self.log.append(("bound", self.name, grid, args, constants))
-            return Compiled(self) if self.compiles else None
+            if not self.compiles:
+                return None
+            self.compiled.append(Compiled(self))
+            return self.compiled[-1]
 
         return launch
 
@@ -41,10 +47,16 @@ class Compiled:
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
 
-    def run(self, x: int, y: int, z: int, stream: int, function: int, metadata: Any, *rest: Any) -> None:
-        assert (stream, function, metadata) == (STREAM, 11, (1, 2))
-        assert rest[:3] == (None, None, None)  # no hook is called
-        self.kernel.log.append(("direct", self.kernel.name, (x, y, z), rest[3:]))
+    @property
+    def run(self) -> Any:
+        kernel = self.kernel  # as Triton's, what launches holds nothing of the object it comes from
+
+        def run(x: int, y: int, z: int, stream: int, function: int, metadata: Any, *rest: Any) -> None:
+            assert (stream, function, metadata) == (STREAM, 11, (1, 2))
+            assert rest[:3] == (None, None, None)  # no hook is called
+            kernel.log.append(("direct", kernel.name, (x, y, z), rest[3:]))
+
+        return run
 
 
 STREAM = 77
@@ -77,6 +89,23 @@ def test_the_second_call_is_direct() -> None:
     # run-time arguments of this call, then the compile-time ones in the order of the signature, no options
     assert log == [("direct", "a", (3, 2, 1), (2, 7, 8, "a")), ("direct", "b", (3, 2, 1), (2, 7, 8, "b"))]
     assert kernels.program() is None  # nobody said what the call was given
+
+
+def test_what_was_found_stays_loaded() -> None:
+    """Triton 3.9 unloads a kernel when its last reference goes, and its own may go before ours."""
+    kernels, log = Kernels(), list[tuple[Any, ...]]()
+    start = kernels.call()
+    kernel = Kernel("a", log)
+    start(lambda: Launch(kernel, (1,), {"W": 1, "B": 2}), 0, 0)
+    kernels.done(start)
+    held = weakref.ref(kernel.compiled[-1])
+    kernel.compiled.clear()
+    del start
+    gc.collect()
+    assert held() is not None
+    del kernels
+    gc.collect()
+    assert held() is None
 
 
 def test_a_call_that_failed_leaves_nothing() -> None:
