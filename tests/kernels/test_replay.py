@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import random
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -350,6 +351,31 @@ def test_layers(form: str, path: str, programs: list[str]) -> None:
         out = cuda.experts(*layer.op_args(), path=path)  # type: ignore[arg-type]
         assert relative_error(out, layer.truth()) < 2e-6
     assert programs == [path, "program", "program"]
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_random_layers(seed: int, programs: list[str]) -> None:
+    """Other rows, ids, router weights and experts at every call; rows with gaps between them are taken as they lie."""
+    draw = random.Random(seed)
+    gated = draw.random() < 0.7
+    form: dict[str, Any] = {
+        "T": draw.choice([1, 2, 5, 40]), "E": draw.choice([1, 3, 9]), "K": draw.choice([1, 2, 4]),
+        "H": draw.choice([16, 19, 48]), "I": draw.choice([8, 13, 32]),
+        "activation": Activation(draw.choice(["silu", "gelu", "relu2"]), gated),
+        "layout": draw.choice(["concat", "interleaved", "separate"]),
+        "separate": draw.random() < 0.4, "transposed": draw.random() < 0.3, "bias": draw.random() < 0.5,
+        "weight_on_input": draw.random() < 0.3, "routing": draw.choice(["random", "sentinels", "nobody"]),
+        "index": draw.choice([torch.int32, torch.int64]),
+    }  # fmt: skip
+    path = None if form["transposed"] else draw.choice([*config.PATHS, None])
+    gaps = draw.random() < 0.5
+    for turn in range(3):
+        layer = Layer(**form, seed=100 * seed + turn)
+        if gaps:
+            layer.x = torch.cat([layer.x, layer.x + 1], 1)[:, : layer.H]
+        out = cuda.experts(*layer.op_args(), path=path)  # type: ignore[arg-type]
+        assert relative_error(out, layer.truth()) < 3e-6
+    assert programs[1:] == ["program"] * 2 and programs[0] != "program"
 
 
 @pytest.mark.parametrize("form", ["concat", "interleaved", "separate"])
