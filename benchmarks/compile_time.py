@@ -105,7 +105,8 @@ def main() -> int:
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        print(json.dumps(first_call(*arguments.child, arguments.sizes, arguments.tokens)))
+        form, backend = arguments.child
+        print(json.dumps(first_call(form, backend, arguments.sizes, arguments.tokens)))
         return 0
     runs, rows = [], []
     for form in arguments.forms:

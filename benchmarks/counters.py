@@ -126,7 +126,7 @@ def main() -> int:
     import triton
 
     machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
-    result = {"machine": machine, "kernels": records, "table": table(records)}
+    result: dict[str, Any] = {"machine": machine, "kernels": records, "table": table(records)}
     for row in result["table"]["rows"]:
         print(*row, sep="  ")
     if arguments.out:

@@ -151,7 +151,7 @@ def main() -> None:
     load = os.getloadavg()[0]
     with torch.no_grad():
         rows = [case(dtype, tokens, options.seconds) for dtype in DTYPES for tokens in TOKENS]
-    result = {
+    result: dict[str, Any] = {
         "layer": {"E": E, "K": K, "H": H, "I": I},
         "machine": {
             "processor": processor(),

@@ -23,7 +23,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 BACKENDS = ("inductor", "moe_compile")
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -50,15 +50,16 @@ TINY = dict(
 MARK = "RESULT "
 
 
-def build(name: str, layers: int, device: str, tiny: bool) -> nn.Module:
+def build(name: str, layers: int, device: str, tiny: bool) -> Any:
     """A causal model with random weights, made on the device."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     kind, sizes = MODELS[name]
-    config = CONFIG_MAPPING[kind](**{**sizes, **(TINY if tiny else {})}, num_hidden_layers=layers, pad_token_id=0)
+    own: dict[str, Any] = {**sizes, **(TINY if tiny else {}), "num_hidden_layers": layers, "pad_token_id": 0}
+    config = CONFIG_MAPPING[kind](**own)
     torch.manual_seed(0)
     with torch.device(device):
-        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     return model.eval()
 
 
@@ -125,7 +126,7 @@ def table(rows: list[dict[str, Any]]) -> dict[str, Any]:
         for what in ("prefill", "decode", "generate"):
             found = [by[b][f"{what}_tokens_per_s"] if b in by else None for b in BACKENDS]
             shown = [f"{v:.0f}" if v else "failed" for v in found]
-            out.append([name, what, *shown, f"{found[1] / found[0]:.2f}" if all(found) else "-"])
+            out.append([name, what, *shown, f"{found[1] / found[0]:.2f}" if found[0] and found[1] else "-"])
     return {"columns": ["model", "", *(f"{b}, tokens/s" for b in BACKENDS), "moe_compile / inductor"], "rows": out}
 
 
@@ -164,7 +165,8 @@ def main() -> int:
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.child:
-        print(MARK + json.dumps(measure(*a.child, a)))
+        name, backend = a.child
+        print(MARK + json.dumps(measure(name, backend, a)))
         return 0
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     cache = tempfile.mkdtemp(prefix="moe_compile_bench_")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .provider import Provider
 
 # Mean rows per expert from which blocks of so many rows win: lower blocks pad less, higher ones multiply faster.
-ROWS_PER_EXPERT = ((128, 64), (64, 32), (32, 0))
+ROWS_PER_EXPERT: tuple[tuple[int, int], ...] = ((128, 64), (64, 32), (32, 0))
 
 
 def alignment(tokens: int, top_k: int, experts: int, possible: tuple[int, ...]) -> int:

@@ -69,7 +69,7 @@ def test_both_ways_in(T: int, rule: str, compiled: bool) -> None:
     module = module_of(case)
     with report.collect() as found:
         if compiled:
-            options = {"moe_compile.deepgemm_rule": rule}
+            options: dict[str, Any] = {"moe_compile.deepgemm_rule": rule}
             run = torch.compile(module, backend="moe_compile", fullgraph=True, options=options)
         else:
             run = moe_compile.optimize(module, strict=True, deepgemm_rule=rule)

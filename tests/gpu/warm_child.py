@@ -71,7 +71,7 @@ def hf() -> dict[str, Any]:
     )  # fmt: skip
     torch.manual_seed(0)
     with torch.device("cuda"):
-        model = moe_compile.optimize(MixtralForCausalLM(config).to(torch.bfloat16).eval(), strict=True)
+        model = moe_compile.optimize(MixtralForCausalLM(config).bfloat16().eval(), strict=True)
     square = torch.ones(64, 64, device="cuda", dtype=torch.bfloat16)
     square @ square  # cuBLAS keeps a workspace, which is no copy of a weight
     before = torch.cuda.memory_allocated()
@@ -147,7 +147,7 @@ def fp8() -> dict[str, Any]:
         ran.append(x.shape[0])
         return follow(provider, align, x, *rest)
 
-    deepgemm_experts.follow_deepgemm = spy
+    deepgemm_experts.follow_deepgemm = spy  # type: ignore[assignment]
     inputs = {t: rows(t) for t in (1, 2, 5, 33, 300, 767, 768, 769, 800, 1000, 1023, 1024, 1337, 1999, 2048)}
     results = {t: captured(lambda t=t: call(*inputs[t])) for t in inputs}
     out["asked in captures"] = list(asked)
