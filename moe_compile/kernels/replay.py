@@ -82,7 +82,7 @@ class Kernels:
 class Call(Start):
     """One call: the first of its like launches through Triton and notes what it finds, the others use that."""
 
-    __slots__ = ("_next", "_stream", "complete", "memory", "ready", "steps")
+    __slots__ = ("_next", "_room", "_stream", "complete", "memory", "ready", "steps")
 
     def __init__(self, ready: tuple[Found, ...]) -> None:
         self.ready = ready
@@ -90,7 +90,8 @@ class Call(Start):
         self._stream: int | None = None
         self.complete = True  # the interpreter compiles nothing
         self.steps: list[tuple[Found, tuple[Any, ...]]] = []
-        self.memory: list[Tensor] = []  # kept to the end of the call, so that no two have one address
+        self.memory: list[Tensor] = []  # kept to the end of the call, so that no two are one after the other
+        self._room = LARGEST
 
     def __call__(self, make: Callable[[], Launch], *args: Any) -> None:
         """``make`` is asked in the first call only."""
@@ -106,13 +107,18 @@ class Call(Start):
             self.complete = False
             return
         names = kernel.arg_names[len(args) :]
-        self.steps.append((Found(compiled, grid, tuple(constants[name] for name in names)), args))
+        found = Found(compiled, grid, tuple(constants[name] for name in names))
+        self.steps.append((found, args if self._room >= 0 else ()))
 
     def empty(self, like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Memory of this call."""
         made = super().empty(like, *shape, dtype=dtype)
-        if not self.ready:
+        if not self.ready and self._room >= 0:
             self.memory.append(made)
+            self._room -= made.nbytes
+            if self._room < 0:  # there will be no program, so hold on to nothing that the call gives back early
+                self.memory.clear()
+                self.steps = [(found, ()) for found, _ in self.steps]
         return made
 
 

@@ -103,6 +103,7 @@ def check_as_vllm(case: Case, taken: list[str], path: str, kernels: str, quantis
     if path == "gemv" or not quantise:
         assert_as_vllm(out, truth(case, path, quantise))
         return out
+    assert len(kept) == (1 if path == "deepgemm" else 2)  # the second by the call that leaves a program
     rows = kept[0]
     h = hidden(case, path)
     assert error(rows, h) <= ROUNDED

@@ -248,6 +248,22 @@ def test_without_proof_no_program(why: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert kernels.ready
 
 
+@pytest.mark.parametrize(("largest", "held"), [(1 << 20, True), (999, False)])
+def test_a_large_call_gives_memory_back_early(largest: int, held: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is too large for a program is not held to the end of its first call either."""
+    monkeypatch.setattr(replay, "LARGEST", largest)
+    log: list[tuple[Any, ...]] = []
+    start, x = Kernels().call(), torch.ones(4)
+    early = start.empty(x, 500, dtype=torch.int8)
+    for _ in range(2):
+        start(lambda: Launch(Kernel("a", log), (1,), {"W": 1, "B": 2}), early, 0)
+        start.empty(x, 500, dtype=torch.int8)
+    gone = weakref.ref(early)
+    del early
+    log.clear()
+    assert (gone() is not None) == held
+
+
 def test_what_listens_to_launches_hears_them(monkeypatch: pytest.MonkeyPatch) -> None:
     class Chain:
         def __init__(self, *calls: Any) -> None:

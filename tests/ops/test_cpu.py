@@ -410,7 +410,8 @@ def test_columns_are_filled(counts: tuple[int, ...], monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(torch, "mm", spy)
     ids = torch.repeat_interleave(torch.tensor([0, 1, 2, 3]), torch.tensor(counts))
-    ids = torch.cat([ids, torch.tensor([-1, 4, -1])])[torch.randperm(sum(counts) + 3)].view(-1, 1)
+    shuffled = torch.randperm(sum(counts) + 3, generator=torch.Generator().manual_seed(0))
+    ids = torch.cat([ids, torch.tensor([-1, 4, -1])])[shuffled].view(-1, 1)
     sample = make(len(ids), 4, 1, 16, 24, ids=ids)
     sample.moe.hidden_states[ids[:, 0] == 1] = float("nan")
     out = sample.run()
