@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..spec import INF, Activation, Router
-from .cpu_gemm import MISSING_ROWS, Method, Projection, Segment, Tensors, blas, choose
+from .cpu_gemm import MISSING_ROWS, Method, Projection, Routing, Segment, Tensors, blas, choose
 from .schema import implement
 from .validate import check_combine, check_experts, check_grouped_linear, check_ids, check_route
 
@@ -43,7 +43,7 @@ class Layer(NamedTuple):
         return self.down(runs, inner.contiguous() if self.method.repack else inner, out)
 
 
-Build = Callable[[int, int], Layer]  # from the number of pairs and of experts that they hit
+Build = Callable[[Routing], Layer]
 
 
 def _experts(
@@ -58,37 +58,42 @@ def _experts(
         act = _activation(activation, gated, tuple(activation_args))
         wide = _accumulator(hidden_states.dtype)
 
-        def layer(pairs: int, hit: int) -> Layer:
-            method = choose(hidden_states.dtype, pairs, hit, (w1, w3, w2), bool(b1 or b3 or b2))
+        def layer(routing: Routing) -> Layer:
+            method = choose(hidden_states.dtype, routing, (w1, w3, w2), (b1, b3, b2))
             first = [Projection(w, b, method) for w, b in ((w1, b1), (w3, b3)) if w]
             return Layer(first, Projection(w2, b2, method), act, interleaved, method, wide)
 
         run = _one_token if len(topk_ids) == 1 else _many_tokens
-        total = run(layer, hidden_states, topk_weights, topk_ids, experts, weight_on_input)
-        return total.to(out_dtype or hidden_states.dtype)
+        out_dtype = out_dtype or hidden_states.dtype
+        return run(layer, hidden_states, topk_weights, topk_ids, experts, weight_on_input, out_dtype)
 
 
 def _one_token(
-    layer: Build, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, experts: int, on_input: bool
+    layer: Build, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, experts: int, on_input: bool,
+    out_dtype: torch.dtype,
 ) -> Tensor:
     """Decoding: no sort, no gather, since the host's own work counts here."""
     ids = topk_ids[0].tolist()
     valid = [k for k, expert in enumerate(ids) if 0 <= expert < experts]
-    network = layer(len(valid), len(valid))
+    network = layer(Routing(len(valid), experts, hit=len(valid), most=1))
     scale = topk_weights.reshape(-1, 1).to(network.wide)  # [K, 1]
     scale = scale if len(valid) == len(ids) else scale[valid]
     rows = hidden_states * scale if on_input else hidden_states  # [n, H] or [1, H]
     result = network([(ids[k], row, row + 1) for row, k in enumerate(valid)], rows)  # [n, H]
-    return (result.to(network.wide) if on_input else result * scale).sum(0, keepdim=True)
+    return (result.to(network.wide) if on_input else result * scale).sum(0, keepdim=True).to(out_dtype)
 
 
 def _many_tokens(
-    layer: Build, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, experts: int, on_input: bool
+    layer: Build, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, experts: int, on_input: bool,
+    out_dtype: torch.dtype,
 ) -> Tensor:
     order, position, segments = _route(topk_ids, experts)
-    network, top_k = layer(len(order), len(segments)), topk_ids.shape[1]
+    routing = _routing(segments, len(order), experts)
+    network, top_k = layer(routing), topk_ids.shape[1]
     none_left_out = len(order) == len(position)
-    if network.method.columns and blas().vector > 1:
+    if network.method.batched:
+        order, position, segments = _evened(order, position, segments, routing)
+    elif network.method.columns and blas().vector > 1:
         order, position, segments = _filled(order, position, segments)
     pairs = len(order)
     # The rows of pairs that count, and one row that stands for all others and is never read.
@@ -99,7 +104,8 @@ def _many_tokens(
         if on_input:
             rows = rows * topk_weights.reshape(-1, 1)[order[start:end]].to(network.wide)
         network(runs, rows, result[start:end])
-    return _weighted_sum(result, position, pairs, none_left_out, None if on_input else topk_weights, top_k)
+    weights = None if on_input else topk_weights
+    return _weighted_sum(result, position, pairs, none_left_out, weights, top_k, out_dtype)
 
 
 def _sort_pairs(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
@@ -112,14 +118,21 @@ def _sort_pairs(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 def _grouped_linear(rows: Tensor, weight: Tensors, bias: Tensors, offsets: Tensor) -> Tensor:
     with torch.no_grad():
         experts = check_grouped_linear(rows, weight, bias, offsets)
-        ends = offsets.tolist()
-        segments = [(e, ends[e], ends[e + 1]) for e in range(experts) if ends[e] < ends[e + 1]]
-        method = choose(rows.dtype, ends[-1], len(segments), (weight,), bool(bias))
+        segments, pairs = _segments(offsets[1:].tolist())
+        routing = _routing(segments, pairs, experts)
+        method = choose(rows.dtype, routing, (weight,), (bias,))
         project = Projection(weight, bias, method)
         out = rows.new_empty(rows.shape[0], project.width)  # [P, out]
+        result, row = out, torch.arange(pairs)
+        if method.batched:
+            spread, row, segments = _evened(row, row, segments, routing)
+            rows = rows.index_select(0, spread)
+            result = rows.new_empty(len(spread), project.width)
         for start, end, runs in _blocks(segments, project.width * method.dtype.itemsize):
-            out[start:end] = project(runs, rows[start:end].to(method.dtype))
-        out[ends[-1] :].zero_()
+            result[start:end] = project(runs, rows[start:end].to(method.dtype))
+        if method.batched:
+            torch.index_select(result, 0, row, out=out[:pairs])
+        out[pairs:].zero_()
         return out
 
 
@@ -131,8 +144,8 @@ def _combine(
         check_combine(rows, order, offsets, topk_weights, top_k)
         pairs = int(offsets[-1])
         position = _invert(order.to(torch.int64), pairs)
-        total = _weighted_sum(rows, position, pairs, pairs == len(order), topk_weights, top_k)
-        return total.to(out_dtype or rows.dtype)
+        none_left_out = pairs == len(order)
+        return _weighted_sum(rows, position, pairs, none_left_out, topk_weights, top_k, out_dtype or rows.dtype)
 
 
 def _sort(topk_ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
@@ -149,14 +162,37 @@ def _invert(order: Tensor, pairs: int) -> Tensor:
 def _route(topk_ids: Tensor, experts: int) -> tuple[Tensor, Tensor, list[Segment]]:
     """The pair of every row [S], the row of every pair [P], and each expert's rows."""
     key, order = _sort(topk_ids, experts)
-    hit, counts = torch.unique_consecutive(key, return_counts=True)
-    segments: list[Segment] = []
-    pairs = 0
-    for expert, count in zip(hit.tolist(), counts.tolist(), strict=True):
-        if expert < experts:
-            segments.append((expert, pairs, pairs + count))
-            pairs += count
+    ends = torch.searchsorted(key, torch.arange(experts, dtype=key.dtype), right=True)
+    segments, pairs = _segments(ends.tolist())
     return order[:pairs], _invert(order, pairs), segments
+
+
+def _segments(ends: list[int]) -> tuple[list[Segment], int]:
+    """The rows of each expert that has some, and how many there are, from where each expert's end."""
+    bounds = zip([0, *ends[:-1]], ends, strict=True)
+    return [(expert, start, end) for expert, (start, end) in enumerate(bounds) if start < end], ends[-1]
+
+
+def _routing(segments: list[Segment], pairs: int, experts: int) -> Routing:
+    return Routing(pairs, experts, len(segments), max((end - start for _, start, end in segments), default=0))
+
+
+def _evened(
+    order: Tensor, position: Tensor, segments: list[Segment], routing: Routing
+) -> tuple[Tensor, Tensor, list[Segment]]:
+    """The same with as many rows for every expert as the fullest has: rows that nobody reads.
+
+    They repeat the first token (in ``_grouped_linear`` the first row).
+    """
+    experts, most = routing.experts, routing.most
+    moves = torch.tensor([expert * most - start for expert, start, _ in segments])
+    counts = torch.tensor([end - start for _, start, end in segments])
+    rows = experts * most
+    moved = torch.arange(len(order) + 1)  # where a row goes, and the row that stands for those that are not read
+    moved[:-1] += moves.repeat_interleave(counts, output_size=len(order))
+    moved[-1] = rows
+    spread = order.new_zeros(rows).scatter_(0, moved[:-1], order)
+    return spread, moved[position], [(e, e * most, (e + 1) * most) for e in range(experts)]
 
 
 def _filled(order: Tensor, position: Tensor, segments: list[Segment]) -> tuple[Tensor, Tensor, list[Segment]]:
@@ -225,17 +261,20 @@ def _activate(act: Activation, gate: Tensor, up: Tensor | None = None) -> Tensor
 
 
 def _weighted_sum(
-    rows: Tensor, position: Tensor, pairs: int, none_left_out: bool, weights: Tensor | None, top_k: int
+    rows: Tensor, position: Tensor, pairs: int, none_left_out: bool, weights: Tensor | None, top_k: int,
+    out_dtype: torch.dtype,
 ) -> Tensor:
-    """``[T, H]`` in the accumulation dtype, summed in the order of k; reads rows before ``pairs``, where others are."""
+    """``[T, H]``, summed in the order of k in the accumulation dtype; reads rows before ``pairs``, where others are."""
     total = len(position)
-    wide = _accumulator(rows.dtype)
     if pairs == 0:  # embedding_bag wants at least one row
-        return rows.new_zeros(total // top_k, rows.shape[1], dtype=wide)
+        return rows.new_zeros(total // top_k, rows.shape[1], dtype=out_dtype)
+    # Without a padding row embedding_bag accumulates half precision in float32 by itself.
+    half = rows.dtype == out_dtype and (weights is None or weights.dtype == out_dtype)
+    wide = out_dtype if half and none_left_out else _accumulator(rows.dtype)
     weights = None if weights is None else weights.reshape(-1).to(wide)
     skipped = None if none_left_out else pairs  # embedding_bag never reads its padding row
     bags = torch.arange(0, total, top_k)
-    return torch.embedding_bag(rows.to(wide), position, bags, False, 0, False, weights, False, skipped)[0]
+    return torch.embedding_bag(rows.to(wide), position, bags, False, 0, False, weights, False, skipped)[0].to(out_dtype)
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:

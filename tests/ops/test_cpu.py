@@ -132,11 +132,24 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=[False, True], ids=["emulated", "native"])
+@pytest.fixture(params=["emulated", "native", "native-single"])
 def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Both kinds of CPU: with and without instructions for half precision."""
-    monkeypatch.setattr(cpu_gemm, "native_gemm", lambda dtype: request.param)
-    return bool(request.param)
+    """Both kinds of CPU, with and without instructions for half precision, and without batched products."""
+    native = request.param.startswith("native")
+    monkeypatch.setattr(cpu_gemm, "native_gemm", lambda dtype: native)
+    if request.param.endswith("single"):
+        never_batch(monkeypatch)
+    return native
+
+
+def never_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_gemm, "CALL", dict.fromkeys(DTYPES, -1))
+
+
+@pytest.fixture
+def single(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No batched products: these tests are about the other methods, with sizes too small for them."""
+    never_batch(monkeypatch)
 
 
 def set_blas(monkeypatch: pytest.MonkeyPatch, blas: cpu_gemm.Blas) -> None:
@@ -319,6 +332,7 @@ AVX512, OTHER = cpu_gemm.BLAS["AVX512"]._replace(least=5000), cpu_gemm.Blas()
 ROWS, COLUMNS, REPACKED, GROUPED = {}, {"columns": True}, {"columns": True, "repack": True}, {"grouped": True}
 
 
+@pytest.mark.usefixtures("single")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("t", "storage", "upcast", "other", "avx512"),
@@ -349,6 +363,7 @@ def test_method(
     assert methods == [expected]
 
 
+@pytest.mark.usefixtures("single")
 @pytest.mark.parametrize(("least", "columns"), [(4 * 4 * 16 * 72, True), (4 * 4 * 16 * 72 + 1, False)])
 def test_small_weights_stay_in_the_cache(
     least: int, columns: bool, methods: list[cpu.Method], monkeypatch: pytest.MonkeyPatch
@@ -360,6 +375,7 @@ def test_small_weights_stay_in_the_cache(
     assert [method.columns for method in methods] == [columns] * 2
 
 
+@pytest.mark.usefixtures("single")
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(("h", "i"), [(32, 64), (32, 62), (30, 64)])
 def test_what_grouped_mm_does_not_take(
@@ -375,15 +391,16 @@ def test_method_on_a_cpu_with_half_precision(
     dtype: torch.dtype, methods: list[cpu.Method], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu_gemm, "native_gemm", lambda dtype: True)
-    for t in (1, 64):
+    for t in (1, 64, 600):  # with 600 tokens an expert has too many rows for a batched product
         check(make(t, 2, 1, 32, 64, dtype=dtype))
-    assert methods == [cpu.Method(dtype), cpu.Method(dtype, grouped=True)]
+    assert methods == [cpu.Method(dtype), cpu.Method(dtype, batched=True), cpu.Method(dtype, grouped=True)]
     methods.clear()
     for h, i in ((33, 64), (32, 42)):  # oneDNN would read on into the next row
         check(make(64, 2, 1, h, i, dtype=dtype))
     assert [method.dtype for method in methods] == [torch.float32] * 2
 
 
+@pytest.mark.usefixtures("single")
 @pytest.mark.parametrize("form", ["fused", "split"])
 def test_experts_without_rows_in_one_call(
     form: str, methods: list[cpu.Method], monkeypatch: pytest.MonkeyPatch
@@ -397,6 +414,7 @@ def test_experts_without_rows_in_one_call(
     assert [method.grouped for method in methods] == [True]
 
 
+@pytest.mark.usefixtures("single")
 @pytest.mark.parametrize("counts", [(11, 12, 32, 10), (5, 15, 0, 14), (15, 31, 13, 13)])
 def test_columns_are_filled(counts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Experts with 11 to 15 rows in their last vector get what it lacks; nobody else's number changes."""
@@ -420,6 +438,79 @@ def test_columns_are_filled(counts: tuple[int, ...], monkeypatch: pytest.MonkeyP
     exact = sample.moe.reference(torch.float64)
     other = ids[:, 0] != 1
     assert bool(out[~other].isnan().all()) and error(out[other], exact[other]) < 1e-6
+
+
+def batched(
+    routing: cpu_gemm.Routing, dtype: torch.dtype = torch.float32, storage: str = "stacked", bias: bool = False,
+    h: int = 64, i: int = 32,
+) -> bool:
+    """Whether experts of these sizes make one product."""
+    roles = make(1, routing.experts, 1, h, i, dtype, storage=storage, bias=bias).roles
+    weights, biases = ([roles[name + n] for n in "132"] for name in "wb")
+    return cpu_gemm.choose(dtype, routing, weights, biases).batched
+
+
+def test_when_products_are_batched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each condition on both sides of its border."""
+    monkeypatch.setattr(cpu_gemm, "native_gemm", lambda dtype: dtype != torch.float16)
+    even = cpu_gemm.Routing(pairs=80, experts=8, hit=8, most=10)
+    assert batched(even) and batched(even, torch.float64) and batched(even, torch.bfloat16)
+    assert not batched(even, torch.float16)  # no instructions for it
+    assert not batched(even, torch.bfloat16, h=48)  # oneDNN would read on
+    assert batched(even, storage="transposed") and batched(even, bias=True)
+    assert not batched(even, storage="separate") and not batched(even, storage="separate", bias=True)
+    assert not batched(cpu_gemm.Routing(8, 8, 8, 1))  # one row each
+    assert batched(cpu_gemm.Routing(8 * 256, 8, 8, 256)) and not batched(cpu_gemm.Routing(8 * 257, 8, 8, 257))
+
+    def added(rows: int, idle: int = 0) -> cpu_gemm.Routing:
+        hit = 8 - idle
+        return cpu_gemm.Routing(pairs=8 * 100 - rows, experts=8, hit=hit, most=100)
+
+    most = 8 * 2 * cpu_gemm.CALL[torch.float32] // (3 * 64 * 32)  # rows that cost as much as the calls they save
+    assert most > 600 and batched(added(600)) and not batched(added(600), h=96, i=128)
+    monkeypatch.setitem(cpu_gemm.CALL, torch.float32, 600 * 3 * 64 * 32 // 16)
+    assert batched(added(600)) and not batched(added(601))
+    assert batched(added(600 * 7 // 8 - 32, idle=1)) and not batched(added(600 * 7 // 8 - 31, idle=1))
+
+
+def test_sliced_weights_are_not_batched() -> None:
+    """``torch.bmm`` would copy them."""
+    even = cpu_gemm.Routing(pairs=80, experts=8, hit=8, most=10)
+    w1, w2 = torch.randn(8, 48, 64), torch.randn(8, 64, 24)
+    assert cpu_gemm.choose(torch.float32, even, ([w1], [], [w2])).batched
+    assert not cpu_gemm.choose(torch.float32, even, ([w1[:, ::2]], [], [w2])).batched
+    assert not cpu_gemm.choose(torch.float32, even, ([w1], [], [w2[..., :12]])).batched
+    biases = [[torch.randn(48)] * 8, [], []]
+    assert not cpu_gemm.choose(torch.float32, even, ([w1], [], [w2]), biases).batched
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("storage", ["stacked", "transposed"])
+@pytest.mark.parametrize("form", ["fused", "interleaved", "split"])
+def test_batched(
+    form: str, storage: str, dtype: torch.dtype, methods: list[cpu.Method], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Uneven experts, one without rows, ids out of range and NaN in the row that fills: nobody reads it."""
+    monkeypatch.setattr(cpu_gemm, "native_gemm", lambda dtype: True)
+    monkeypatch.setattr(cpu, "BLOCK_BYTES", 4000)  # several blocks
+    ids = torch.tensor([[1, 6], [6, -1], [4, 1], [1, 9], [0, 2]]).repeat(9, 1)
+    for bias, on_input in itertools.product((False, True), repeat=2):
+        sample = make(45, 8, 2, 32, 64, dtype, form=form, storage=storage, bias=bias, ids=ids, weight_on_input=on_input)
+        clean = sample.run()
+        judge((clean, sample.moe))
+        sample.moe.hidden_states[0] = math.nan
+        out = sample.run()
+        assert bool(out[0].isnan().all()) and torch.equal(out[1:], clean[1:])
+    assert all(method.batched for method in methods) and len(methods) == 8
+
+
+def test_embedding_bag_accumulates_half_precision_in_float32() -> None:
+    """What ``_weighted_sum`` relies on: 64 terms, each less than half a step of the first in bfloat16."""
+    rows = torch.full((65, 40), 2.0**-9).bfloat16()
+    rows[0] = 1.0
+    place = torch.arange(65)
+    out = cpu._weighted_sum(rows, place, 65, True, None, 65, torch.bfloat16)
+    assert torch.equal(out, torch.full((1, 40), 1.125).bfloat16())
 
 
 def test_upcast_is_more_accurate_than_the_loop() -> None:
@@ -459,7 +550,9 @@ def test_sort_pairs(t: int, id_dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("storage", ["stacked", "separate", "transposed"])
-def test_grouped_linear(storage: str, dtype: torch.dtype, native: bool) -> None:
+def test_grouped_linear(
+    storage: str, dtype: torch.dtype, native: bool, methods: list[cpu.Method], request: pytest.FixtureRequest
+) -> None:
     for t, bias in itertools.product((0, 1, 60), (False, True)):
         sample = make(t, 4, 3, 9, 7, dtype, storage=storage, bias=bias)
         m, weight, b = sample.moe, sample.roles["w2"], sample.roles["b2"]
@@ -481,6 +574,8 @@ def test_grouped_linear(storage: str, dtype: torch.dtype, native: bool) -> None:
         if end:
             exact = loop(torch.float64)
             assert error(out[:end], exact) <= 2 * error(loop(dtype), exact) + FLOOR[dtype]
+    one = dtype not in HALF and storage != "separate" and "single" not in request.node.name
+    assert any(method.batched for method in methods) == one
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
