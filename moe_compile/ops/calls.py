@@ -32,11 +32,12 @@ Roles = tuple[tuple[Sequence[Tensor], tuple[int, ...]], ...]
 class Kind:
     """Calls alike in all that is checked and planned, and whether one of them was checked."""
 
-    __slots__ = ("_kernels", "checked", "choice", "experts", "plan", "warm")
+    __slots__ = ("_kernels", "checked", "choice", "experts", "part", "plan", "warm")
 
     def __init__(self) -> None:
         self.checked = False
         self.experts = 0
+        self.part = 0  # tokens that are computed at a time, if not all
         self.plan: Plan | None = None
         self.choice: Any = None  # of fp8
         self.warm = False

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..spec import Router
 from .calls import check_device, epilogue, fit, kernel, kind_of, on, operand, place, role_traits, table_of, traits
+from .parts import in_parts, tokens_of_part
 from .schema import implement, num_experts
 from .validate import (
     MAX_PAIRS,
@@ -45,7 +46,7 @@ def experts(
     out_dtype: torch.dtype | None = None,
     path: str | None = None,
 ) -> Tensor:
-    """``moe_compile::experts``; ``path`` (not in the schema) forces one of ``kernels.config.PATHS``."""
+    """``moe_compile::experts``; ``path`` (not in the schema) forces one of ``kernels.config.PATHS``, for all tokens."""
     x, args = hidden_states, tuple(activation_args)
     tensors = (traits(x), traits(topk_weights), traits(topk_ids))
     roles = (role_traits(w1), role_traits(w3), role_traits(w2), role_traits(b1), role_traits(b3), role_traits(b2))
@@ -53,7 +54,15 @@ def experts(
     layout = "separate" if w3 else ("interleaved" if interleaved else "concat") if gated else "single"
     if not kind.checked:
         kind.experts = _check(x, topk_weights, topk_ids, (w1, w3, w2, b1, b3, b2), gated, interleaved, layout)
+        kind.part = tokens_of_part(x, topk_ids, w2[0].shape[-1]) if path is None else 0
         kind.checked = True
+    if kind.part:
+
+        def part(x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+            rest = (activation, activation_args, gated, interleaved, weight_on_input, out_dtype)
+            return experts(x, weights, ids, w1, w3, w2, b1, b3, b2, *rest)
+
+        return in_parts(part, kind.part, x, topk_weights, topk_ids, out_dtype)
     with on(x):
         at1, at3, at2 = place("w1", w1, 2), place("w3", w3, 2), place("w2", w2, 2)
         bias1, bias3, bias2 = place("b1", b1, 1), place("b3", b3, 1), place("b2", b2, 1)

@@ -17,6 +17,7 @@ from ..guards import ALIGNMENT, Facts, Failure, TokenRange, decide
 from ..quantize import dequantize_blocks, dequantize_rows, quantize_rows
 from ..spec import Activation, NoMatch
 from .calls import Kind, check_device, epilogue, kernel, kind_of, on, traits
+from .parts import in_parts, tokens_of_part
 from .schema import implement
 from .validate import block_of, check_fp8
 
@@ -64,7 +65,10 @@ def experts_fp8(
     w3_scale: Tensor | None = None,
     path: str | None = None,
 ) -> Tensor:
-    """The CUDA implementation; ``path`` (not in the schema) forces one of ``kernels.config.PATHS`` of Triton."""
+    """The CUDA implementation.
+
+    ``path`` (not in the schema) forces one of ``kernels.config.PATHS`` of Triton, for all tokens.
+    """
     x, args = hidden_states, tuple(activation_args)
     given = (x, topk_weights, topk_ids, w1, w1_scale, w2, w2_scale, w3, w3_scale)
     tensors = tuple(None if t is None else traits(t) for t in given)
@@ -77,7 +81,15 @@ def experts_fp8(
         names = ("topk_weights", "topk_ids", "w1", "w1_scale", "w2", "w2_scale", "w3", "w3_scale")
         check_device(x, **{name: t for name, t in zip(names, given[1:], strict=True) if t is not None})
         _check_kernels(kernels)
+        kind.part = tokens_of_part(x, topk_ids, w2.shape[2]) if path is None else 0
         kind.checked = True
+    if kind.part:
+
+        def part(x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+            rest = (activation, activation_args, *options[:-1], w3, w3_scale)
+            return experts_fp8(x, weights, ids, w1, w1_scale, w2, w2_scale, *rest)
+
+        return in_parts(part, kind.part, x, topk_weights, topk_ids, out_dtype)
     with on(x):
         if kind.choice is not None and kind.choice.provider is None:
             program = kind.kernels(False).program()

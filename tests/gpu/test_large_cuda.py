@@ -10,7 +10,7 @@ pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from moe_compile.ops import cuda  # noqa: E402
+from moe_compile.ops import cuda, parts  # noqa: E402
 
 LIMIT = 2**31
 SILU = ["silu", [1.0, float("inf"), float("inf"), float("inf"), 0.0], True]
@@ -76,3 +76,25 @@ def test_rows(inter: int) -> None:
         truth = expected(x[sample], weights[sample], ids[sample], w1, w2)
         assert float((out[sample].float() - truth).norm() / truth.norm()) < MAX_ERROR
     assert bool(out.isfinite().all())
+
+
+def test_memory_is_bounded() -> None:
+    """Three parts of the tokens: no more memory than a part takes, right at their borders, and the same bits again."""
+    memory = torch.cuda.get_device_properties(0).total_memory
+    top_k, experts, hidden, inter = 8, 32, 2048, 768
+    tokens = int(memory / parts.SHARE / (top_k * (2 * hidden + 3 * inter) * 2) * 2.5)
+    needs(2 * memory / parts.SHARE / 2**30)
+    w1, w2 = normal(experts, 2 * inter, hidden, scale=hidden**-0.5), normal(experts, hidden, inter, scale=inter**-0.5)
+    x, weights = normal(tokens, hidden), torch.rand(tokens, top_k, device="cuda")
+    ids = torch.rand(tokens, experts, device="cuda").topk(top_k).indices
+    part = parts.tokens_of_part(x, ids, inter)
+    assert 2 * part < tokens <= 3 * part
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    out = torch.ops.moe_compile.experts(x, weights, ids, [w1], [], [w2], [], [], [], *SILU)
+    assert torch.cuda.max_memory_allocated() - before - out.nbytes < memory / parts.SHARE + (64 << 20)
+    for border in (0, part, 2 * part, tokens):
+        sample = slice(max(border - 2, 0), border + 2)
+        truth = expected(x[sample], weights[sample], ids[sample], w1, w2)
+        assert float((out[sample].float() - truth).norm() / truth.norm()) < MAX_ERROR
+    assert torch.equal(out, torch.ops.moe_compile.experts(x, weights, ids, [w1], [], [w2], [], [], [], *SILU))
