@@ -4,10 +4,11 @@ Run ``python benchmarks/experts.py --out benchmarks/results/experts_h100.json``;
 transformers. Every output is checked against a float32 reference before it is timed, with freed memory full
 of NaN, and tried for whether a second call gives the same bits. Up to ``--graph-tokens`` tokens CUDA-graph
 replays are timed, beyond that eager calls: medians of ``triton.testing.do_bench``, which clears the L2 cache
-before each run. The limit comes from a copy and a matrix product timed in the same run. One process per
-layer; a peer that fails is a row, not the end. The peers ``vllm``, ``vllm_best`` and ``tk`` are used from a
-vLLM wheel that ``python benchmarks/carry.py WHEEL`` has unpacked. A first phase compiles every program in
-parallel processes, so that the timed phase finds warm caches.
+before each run, ``--runs`` of them or more. The limit comes from a copy and a matrix product timed in the same
+run. One process per layer; a peer that fails is a row, not the end. The peers ``vllm``, ``vllm_best``, ``tk`` and
+``dg_bf16`` are used from a vLLM wheel that ``python benchmarks/carry.py WHEEL`` has unpacked. A first phase
+compiles every program in parallel processes, so that the timed phase finds warm caches; ``hand_ma`` finds its
+kernels there, but measures them again by itself.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -132,12 +134,19 @@ def graphed(program: Program, x: Tensor, logits: Tensor) -> tuple[Any, Tensor]:
     return graph, out
 
 
-def measure(
-    name: str, layer: Layer, w1: Tensor, w2: Tensor, x: Tensor, logits: Tensor, rep: int, graph_tokens: int
-) -> dict[str, Any]:
-    """One cell: ``{"ms", "error", "repeats", "peak_mib", "graph"}``; the peak is that of one call, without weights."""
+def median_ms(call: Callable[[], object], rep: int, runs: int) -> float:
+    """Milliseconds of a call: the median of as many as fill ``rep`` milliseconds, and of ``runs`` at least."""
     from triton.testing import do_bench
 
+    once: float = do_bench(call, warmup=1, rep=1, return_mode="median")
+    ms: float = do_bench(call, warmup=25, rep=max(rep, runs * once), return_mode="median")
+    return ms
+
+
+def measure(
+    name: str, layer: Layer, w1: Tensor, w2: Tensor, x: Tensor, logits: Tensor, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """One cell: ``{"ms", "error", "repeats", "peak_mib", "graph"}``; the peak is that of one call, without weights."""
     program = build(name, layer, w1, w2)
     program(x, logits)
     poison()
@@ -150,8 +159,8 @@ def measure(
         return {"failed": f"relative error {error:.3g}"}
     cell = {"error": error, "repeats": repeats, "peak_mib": round(peak, 2)}
     # The eager loop reads sizes back to the host, which a graph cannot hold.
-    if x.shape[0] > graph_tokens or name == "hf_eager":
-        ms = do_bench(lambda: program(x, logits), warmup=25, rep=rep, return_mode="median")
+    if x.shape[0] > arguments.graph_tokens or name == "hf_eager":
+        ms = median_ms(lambda: program(x, logits), arguments.rep, arguments.runs)
         return {**cell, "ms": ms, "graph": False}
     graph, out = graphed(program, x, logits)
     out.fill_(float("nan"))
@@ -159,7 +168,7 @@ def measure(
     error = relative_error(out, layer, w1, w2, x, logits)
     if not error <= MAX_ERROR:
         return {"failed": f"relative error {error:.3g} in a graph replay"}
-    ms = do_bench(graph.replay, warmup=25, rep=rep, return_mode="median")
+    ms = median_ms(graph.replay, arguments.rep, arguments.runs)
     return {**cell, "ms": ms, "graph": True}
 
 
@@ -179,9 +188,7 @@ def run_layer(layer: Layer, arguments: argparse.Namespace) -> None:
                 if arguments.compile_only:
                     build(name, layer, w1, w2)(x, logits)
                 else:
-                    cell.update(
-                        measure(name, layer, w1, w2, x, logits, arguments.rep, arguments.graph_tokens)
-                    )
+                    cell.update(measure(name, layer, w1, w2, x, logits, arguments))
             except Exception as error:  # one failing peer must not end the run
                 cell["failed"] = (
                     f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
@@ -191,15 +198,18 @@ def run_layer(layer: Layer, arguments: argparse.Namespace) -> None:
 
 
 def child(
-    layer: str, arguments: argparse.Namespace, peers: list[str], compile_only: bool
+    layer: str, arguments: argparse.Namespace, peers: list[str], tokens: list[int], compile_only: bool
 ) -> subprocess.Popen[str]:
     """Start a process for one layer."""
     command = [sys.executable, __file__, "--child", "--layers", layer, "--peers", ",".join(peers)]
-    command += ["--tokens", ",".join(map(str, arguments.tokens)), "--rep", str(arguments.rep)]
+    command += ["--tokens", ",".join(map(str, tokens)), "--rep", str(arguments.rep), "--runs", str(arguments.runs)]
     command += ["--routing", arguments.routing, "--graph-tokens", str(arguments.graph_tokens)]
+    environment = dict(os.environ)
     if compile_only:
         command.append("--compile-only")
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        if "hand_ma" in peers:  # what it measures beside other processes must not be found again
+            environment["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="moe_compile_bench_")
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
 
 def collect(process: subprocess.Popen[str], seconds: float) -> list[dict[str, Any]]:
@@ -272,6 +282,7 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
         "--graph-tokens", type=int, default=128, metavar="T", help="up to here graph replays; default 128"
     )
     parser.add_argument("--rep", type=int, default=80, help="milliseconds of timed runs per cell")
+    parser.add_argument("--runs", type=int, default=25, help="timed runs per cell at least; default 25")
     parser.add_argument("--seconds", type=float, default=480, help="no layer is started after this time")
     parser.add_argument("--cold", action="store_true", help="leave out the parallel compile phase")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -301,13 +312,17 @@ def main() -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if not arguments.cold:
         compiled = [(layer, name) for layer in arguments.layers for name in arguments.peers if compiles(name)]
+        together = [(*both, arguments.tokens) for both in compiled if both[1] != "hand_ma"]
+        # compiled one by one
+        alone = [(*both, [count]) for both in compiled if both[1] == "hand_ma" for count in arguments.tokens]
 
-        def warm(one: tuple[str, str]) -> None:
-            process = child(one[0], arguments, [one[1]], True)
+        def warm(one: tuple[str, str, list[int]]) -> None:
+            layer, name, tokens = one
+            process = child(layer, arguments, [name], tokens, True)
             collect(process, arguments.seconds / 3 - (time.monotonic() - start))
 
         with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
-            list(pool.map(warm, compiled))
+            list(pool.map(warm, [*together, *alone]))
         print(f"compiled in {time.monotonic() - start:.0f} s", flush=True)
     cells: list[dict[str, Any]] = []
     rates = ceilings()
@@ -319,7 +334,7 @@ def main() -> int:
         if left <= 0:
             print(f"out of time before {layer}", flush=True)
             break
-        cells += collect(child(layer, arguments, arguments.peers, False), left)
+        cells += collect(child(layer, arguments, arguments.peers, arguments.tokens, False), left)
         result["table"] = summary(cells, arguments.peers, rates)
         if arguments.out:  # after each layer: a run that is cut off leaves what it has
             arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -52,7 +52,7 @@ LAYERS = {
 }
 TOKENS = (1, 16, 128, 1024, 4096, 16384)
 DEFAULT_PEERS = ("ours", "hf_grouped_c", "hf_batched_c", "hand_c", "hf_grouped", "hf_eager")
-WHEEL_PEERS = ("vllm", "vllm_best", "tk")  # see wheel_peers.py
+WHEEL_PEERS = ("vllm", "vllm_best", "tk", "dg_bf16")  # see wheel_peers.py and deepgemm_peer.py
 PEERS = (*DEFAULT_PEERS, "hand_ma", *WHEEL_PEERS)
 HF_COMPILED = ("hf_grouped_c", "hf_batched_c")
 BATCHED_BYTES = 24 << 30
@@ -65,10 +65,10 @@ def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 def applies(name: str, layer: Layer, tokens: int) -> bool:
-    """batched_mm copies weights per token: only few tokens fit."""
+    """batched_mm copies weights per token: only few tokens fit. DeepGEMM pads experts to blocks: it wants many."""
     if name == "hf_batched_c":
         return tokens <= 128 and layer.gathered_bytes(tokens) <= BATCHED_BYTES
-    return True
+    return name != "dg_bf16" or tokens > 128
 
 
 def compiles(name: str) -> bool:
@@ -78,6 +78,10 @@ def compiles(name: str) -> bool:
 
 def build(name: str, layer: Layer, w1: Tensor, w2: Tensor) -> Program:
     """The program of a peer; names that end in ``_c`` or ``_ma``, and ours, go through torch.compile."""
+    if name == "dg_bf16":
+        import deepgemm_peer
+
+        return deepgemm_peer.build(layer, w1, w2)
     if name in WHEEL_PEERS:
         import wheel_peers  # needs Triton and an unpacked wheel
 
