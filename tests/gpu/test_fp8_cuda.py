@@ -30,7 +30,7 @@ import moe_compile  # noqa: E402
 from moe_compile.deepgemm import experts as deepgemm_experts  # noqa: E402
 from moe_compile.deepgemm.provider import Provider, find  # noqa: E402
 from moe_compile.kernels import scaled_experts  # noqa: E402
-from moe_compile.ops import calls  # noqa: E402
+from moe_compile.ops import calls, parts  # noqa: E402
 from moe_compile.ops.fp8 import KernelUnavailable  # noqa: E402
 from moe_compile.quantize import dequantize_rows  # noqa: E402
 from moe_compile.spec import Activation, NoMatch  # noqa: E402
@@ -445,8 +445,9 @@ def test_one_graph_across_the_border(taken: list[str]) -> None:
 
 
 @pytest.mark.parametrize("path", ["sorted", "deepgemm"])
-def test_more_than_32_bits(path: str, taken: list[str]) -> None:
+def test_more_than_32_bits(path: str, taken: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Every tensor between the kernels, and w1, has more than 2**31 elements; about 30 GiB in all."""
+    monkeypatch.setattr(parts, "SHARE", 1)  # all tokens at once
     need_deepgemm(path)
     need_gib(50)
     T, E, K, H, I = 66_000, 5, 2, 16_384, 16_384
