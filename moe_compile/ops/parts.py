@@ -1,8 +1,8 @@
 """Calls of very many tokens, in parts of them: what lies between the kernels stays within a share of the GPU's memory.
 
-Every part reads the weights again, which costs nothing that can be seen: its experts have thousands of rows. A token's
-result does not depend on the others, but two parts may be planned differently than the whole, so the last bits may
-differ from those of a machine with more memory. Shape legend: see ``spec.py``.
+Every part reads the weights again. A token's result does not depend on the others, but a part may be planned
+differently than the whole, so the last bits may differ from those of a GPU with more memory. Shape legend: see
+``spec.py``.
 """
 
 from __future__ import annotations
