@@ -20,6 +20,7 @@ from .schema import implement
 from .validate import check_combine, check_experts, check_grouped_linear, check_ids, check_route
 
 BLOCK_BYTES = 1 << 20  # intermediate rows of one block: stays in cache, few calls of the activation
+FEW_PAIRS = 128  # up to here Python sorts faster than five calls of PyTorch do whose code is in no cache
 SPLIT_ROWS = 256  # one expert is split only into runs that still make an efficient GEMM
 
 
@@ -161,10 +162,25 @@ def _invert(order: Tensor, pairs: int) -> Tensor:
 
 def _route(topk_ids: Tensor, experts: int) -> tuple[Tensor, Tensor, list[Segment]]:
     """The pair of every row [S], the row of every pair [P], and each expert's rows."""
+    if topk_ids.numel() <= FEW_PAIRS:
+        return _route_few(topk_ids.reshape(-1).tolist(), experts)
     key, order = _sort(topk_ids, experts)
     ends = torch.searchsorted(key, torch.arange(experts, dtype=key.dtype), right=True)
     segments, pairs = _segments(ends.tolist())
     return order[:pairs], _invert(order, pairs), segments
+
+
+def _route_few(expert_of: list[int], experts: int) -> tuple[Tensor, Tensor, list[Segment]]:
+    """The same from the expert of every pair."""
+    order = [pair for pair, expert in enumerate(expert_of) if 0 <= expert < experts]
+    order.sort(key=expert_of.__getitem__)
+    position, segments, start = [len(order)] * len(expert_of), list[Segment](), 0
+    for row, pair in enumerate(order):
+        position[pair] = row
+        if row + 1 == len(order) or expert_of[order[row + 1]] != expert_of[pair]:
+            segments.append((expert_of[pair], start, row + 1))
+            start = row + 1
+    return torch.tensor(order, dtype=torch.int64), torch.tensor(position, dtype=torch.int64), segments
 
 
 def _segments(ends: list[int]) -> tuple[list[Segment], int]:

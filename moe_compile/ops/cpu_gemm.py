@@ -152,23 +152,25 @@ class Projection:
 def choose(
     dtype: torch.dtype, routing: Routing, roles: Sequence[Tensors], biases: Sequence[Tensors] = ()
 ) -> Method:
-    """Pick the method from the number of rows that experts have; both tricks need weights dense in ``in``."""
+    """Pick the method from the number of rows that experts have."""
     pairs, hit = routing.pairs, routing.hit
+    native = dtype not in (torch.bfloat16, torch.float16) or native_gemm(dtype)
+    # columns and PyTorch's own half precision loop need weights dense in ``in``
     row_major = all(r[0].stride(-1) == 1 for r in roles if r)
-    together = pairs > hit and not any(biases) and all(_fits_grouped_mm(r) for r in roles if r)
     if dtype in (torch.bfloat16, torch.float16):
-        if native_gemm(dtype):
+        if native:
             keep = all(r[0].shape[-1] % NATIVE_BLOCK == 0 for r in roles if r)
         else:
-            keep, together = row_major and pairs <= NATIVE_ROWS * hit, False
-        if keep:
-            batched = native_gemm(dtype) and _fits_bmm(dtype, routing, roles, biases)
-            return Method(dtype, grouped=together and not batched, batched=batched)
-        dtype, together = torch.float32, False
-    elif _fits_bmm(dtype, routing, roles, biases):
+            keep = row_major and pairs <= NATIVE_ROWS * hit
+        if not keep:
+            return _by_rows(torch.float32, pairs, hit, row_major and _bytes(roles, torch.float32) >= blas().least)
+    if native and _fits_bmm(dtype, routing, roles, biases):
         return Method(dtype, batched=True)
-    method = _by_rows(dtype, pairs, hit, row_major and _bytes(roles, dtype) >= blas().least)
-    return method._replace(grouped=together and not method.columns and dtype == torch.float32)
+    method = Method(dtype)
+    if dtype in (torch.float32, torch.float64):
+        method = _by_rows(dtype, pairs, hit, row_major and _bytes(roles, dtype) >= blas().least)
+    together = native and dtype != torch.float64 and not method.columns and pairs > hit and not any(biases)
+    return method._replace(grouped=together and all(_fits_grouped_mm(r) for r in roles if r))
 
 
 def _fits_bmm(
@@ -179,12 +181,12 @@ def _fits_bmm(
     weights = [r[0] for r in roles if r]
     if not hit < pairs or most > BATCHED_ROWS or not all(is_stacked(r) for r in roles if r):
         return False
+    added = experts * most - pairs + (experts - hit) * IDLE_ROWS
+    if added * sum(w[0].numel() for w in weights) > hit * len(weights) * CALL[dtype]:
+        return False
     if any(b and b[0].dim() != 2 for b in biases):
         return False
-    if not all(w.is_contiguous() or w.mT.is_contiguous() for w in weights):  # else it is copied
-        return False
-    added = experts * most - pairs + (experts - hit) * IDLE_ROWS
-    return added * sum(w[0].numel() for w in weights) <= hit * len(weights) * CALL[dtype]
+    return all(w.is_contiguous() or w.mT.is_contiguous() for w in weights)  # else it is copied
 
 
 def _fits_grouped_mm(weight: Tensors) -> bool:

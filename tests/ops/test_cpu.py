@@ -530,9 +530,21 @@ def test_one_token_is_not_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     sort = cpu._sort
     monkeypatch.setattr(cpu, "_sort", lambda ids, e: calls.append(len(ids)) or sort(ids, e))
-    for t in (1, 2, 33):
+    for t in (1, 2, 64, 65):
         check(make(t))
-    assert calls == [2, 33]
+    assert calls == [65]  # up to 128 pairs Python sorts
+
+
+@pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64])
+def test_few_pairs_are_sorted_alike(id_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    for t, e in itertools.product((0, 1, 2, 9, 40), (1, 3, 50)):
+        ids = torch.randint(-2, e + 2, (t, 3), generator=torch.Generator().manual_seed(t)).to(id_dtype)
+        order, position, segments = cpu._route(ids, e)
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu, "FEW_PAIRS", -1)
+            other = cpu._route(ids, e)
+        assert torch.equal(order, other[0]) and torch.equal(position, other[1]) and segments == other[2]
+        assert order.dtype == position.dtype == torch.int64
 
 
 @pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64])
