@@ -6,7 +6,7 @@ rows stay in cache: first GEMMs, activation, second GEMMs (``cpu_gemm``). A weig
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -15,13 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..spec import INF, Activation, Router
-from .cpu_gemm import MISSING_ROWS, Method, Projection, Routing, Segment, Tensors, blas, choose
+from .cpu_gemm import Method, Projection, Routing, Segment, Tensors, blas, choose
+from .cpu_order import blocks, evened, filled, invert, ordered, routing_of, segments_of, sort
 from .schema import implement
 from .validate import check_combine, check_experts, check_grouped_linear, check_ids, check_route
-
-BLOCK_BYTES = 1 << 20  # intermediate rows of one block: stays in cache, few calls of the activation
-FEW_PAIRS = 128  # up to here Python sorts faster than five calls of PyTorch do whose code is in no cache
-SPLIT_ROWS = 256  # one expert is split only into runs that still make an efficient GEMM
 
 
 class Layer(NamedTuple):
@@ -88,19 +85,19 @@ def _many_tokens(
     layer: Build, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, experts: int, on_input: bool,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    order, position, segments = _route(topk_ids, experts)
-    routing = _routing(segments, len(order), experts)
+    order, position, segments = ordered(topk_ids, experts)
+    routing = routing_of(segments, len(order), experts)
     network, top_k = layer(routing), topk_ids.shape[1]
     none_left_out = len(order) == len(position)
     if network.method.batched:
-        order, position, segments = _evened(order, position, segments, routing)
+        order, position, segments = evened(order, position, segments, routing)
     elif network.method.columns and blas().vector > 1:
-        order, position, segments = _filled(order, position, segments)
+        order, position, segments = filled(order, position, segments)
     pairs = len(order)
     # The rows of pairs that count, and one row that stands for all others and is never read.
     result = torch.empty(pairs + 1, network.down.width, dtype=network.method.dtype)  # [S + 1, H]
     row_bytes = sum(p.width for p in network.first) * network.method.dtype.itemsize
-    for start, end, runs in _blocks(segments, row_bytes):
+    for start, end, runs in blocks(segments, row_bytes):
         rows = hidden_states.index_select(0, order[start:end] // top_k)  # [n, H]
         if on_input:
             rows = rows * topk_weights.reshape(-1, 1)[order[start:end]].to(network.wide)
@@ -111,7 +108,7 @@ def _many_tokens(
 
 def _sort_pairs(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     check_ids(topk_ids)
-    key, order = _sort(topk_ids, num_experts)
+    key, order = sort(topk_ids, num_experts)
     offsets = torch.searchsorted(key, torch.arange(num_experts + 1, dtype=key.dtype), out_int32=True)
     return order.to(torch.int32), offsets
 
@@ -119,17 +116,17 @@ def _sort_pairs(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 def _grouped_linear(rows: Tensor, weight: Tensors, bias: Tensors, offsets: Tensor) -> Tensor:
     with torch.no_grad():
         experts = check_grouped_linear(rows, weight, bias, offsets)
-        segments, pairs = _segments(offsets[1:].tolist())
-        routing = _routing(segments, pairs, experts)
+        segments, pairs = segments_of(offsets[1:].tolist())
+        routing = routing_of(segments, pairs, experts)
         method = choose(rows.dtype, routing, (weight,), (bias,))
         project = Projection(weight, bias, method)
         out = rows.new_empty(rows.shape[0], project.width)  # [P, out]
         result, row = out, torch.arange(pairs)
         if method.batched:
-            spread, row, segments = _evened(row, row, segments, routing)
+            spread, row, segments = evened(row, row, segments, routing)
             rows = rows.index_select(0, spread)
             result = rows.new_empty(len(spread), project.width)
-        for start, end, runs in _blocks(segments, project.width * method.dtype.itemsize):
+        for start, end, runs in blocks(segments, project.width * method.dtype.itemsize):
             result[start:end] = project(runs, rows[start:end].to(method.dtype))
         if method.batched:
             torch.index_select(result, 0, row, out=out[:pairs])
@@ -144,110 +141,9 @@ def _combine(
     with torch.no_grad():
         check_combine(rows, order, offsets, topk_weights, top_k)
         pairs = int(offsets[-1])
-        position = _invert(order.to(torch.int64), pairs)
+        position = invert(order.to(torch.int64), pairs)
         none_left_out = pairs == len(order)
         return _weighted_sum(rows, position, pairs, none_left_out, topk_weights, top_k, out_dtype or rows.dtype)
-
-
-def _sort(topk_ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """Expert of every pair in sorted order (E when out of range), and the pair numbers in that order."""
-    key = topk_ids.reshape(-1).clamp(-1, experts).remainder_(experts + 1)  # -1 becomes E, as E does
-    return torch.sort(key, stable=True)  # [P], [P]
-
-
-def _invert(order: Tensor, pairs: int) -> Tensor:
-    """Row of every pair; ``pairs`` for all rows from there on."""
-    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order)).clamp_(max=pairs))
-
-
-def _route(topk_ids: Tensor, experts: int) -> tuple[Tensor, Tensor, list[Segment]]:
-    """The pair of every row [S], the row of every pair [P], and each expert's rows."""
-    if topk_ids.numel() <= FEW_PAIRS:
-        return _route_few(topk_ids.reshape(-1).tolist(), experts)
-    key, order = _sort(topk_ids, experts)
-    ends = torch.searchsorted(key, torch.arange(experts, dtype=key.dtype), right=True)
-    segments, pairs = _segments(ends.tolist())
-    return order[:pairs], _invert(order, pairs), segments
-
-
-def _route_few(expert_of: list[int], experts: int) -> tuple[Tensor, Tensor, list[Segment]]:
-    """The same from the expert of every pair."""
-    order = [pair for pair, expert in enumerate(expert_of) if 0 <= expert < experts]
-    order.sort(key=expert_of.__getitem__)
-    position, segments, start = [len(order)] * len(expert_of), list[Segment](), 0
-    for row, pair in enumerate(order):
-        position[pair] = row
-        if row + 1 == len(order) or expert_of[order[row + 1]] != expert_of[pair]:
-            segments.append((expert_of[pair], start, row + 1))
-            start = row + 1
-    return torch.tensor(order, dtype=torch.int64), torch.tensor(position, dtype=torch.int64), segments
-
-
-def _segments(ends: list[int]) -> tuple[list[Segment], int]:
-    """The rows of each expert that has some, and how many there are, from where each expert's end."""
-    bounds = zip([0, *ends[:-1]], ends, strict=True)
-    return [(expert, start, end) for expert, (start, end) in enumerate(bounds) if start < end], ends[-1]
-
-
-def _routing(segments: list[Segment], pairs: int, experts: int) -> Routing:
-    return Routing(pairs, experts, len(segments), max((end - start for _, start, end in segments), default=0))
-
-
-def _evened(
-    order: Tensor, position: Tensor, segments: list[Segment], routing: Routing
-) -> tuple[Tensor, Tensor, list[Segment]]:
-    """The same with as many rows for every expert as the fullest has: rows that nobody reads.
-
-    They repeat the first token (in ``_grouped_linear`` the first row).
-    """
-    experts, most = routing.experts, routing.most
-    moves = torch.tensor([expert * most - start for expert, start, _ in segments])
-    counts = torch.tensor([end - start for _, start, end in segments])
-    rows = experts * most
-    moved = torch.arange(len(order) + 1)  # where a row goes, and the row that stands for those that are not read
-    moved[:-1] += moves.repeat_interleave(counts, output_size=len(order))
-    moved[-1] = rows
-    spread = order.new_zeros(rows).scatter_(0, moved[:-1], order)
-    return spread, moved[position], [(e, e * most, (e + 1) * most) for e in range(experts)]
-
-
-def _filled(order: Tensor, position: Tensor, segments: list[Segment]) -> tuple[Tensor, Tensor, list[Segment]]:
-    """The same with experts whose rows almost fill their last vector given what it lacks: rows that nobody reads.
-
-    They repeat the expert's last row, so they hold nothing that is not in a row that counts.
-    """
-    vector, filled = blas().vector, list[Segment]()
-    repeats = [1] * len(order)
-    more = 0
-    for expert, start, end in segments:
-        missing = (start - end) % vector
-        missing = missing if missing <= MISSING_ROWS else 0
-        repeats[end - 1] += missing
-        filled.append((expert, start + more, end + more + missing))
-        more += missing
-    if not more:
-        return order, position, segments
-    times = torch.tensor(repeats)
-    moved = torch.cat([times.cumsum(0) - times, torch.tensor([len(order) + more])])  # where a row went, and the last
-    return order.repeat_interleave(times, output_size=len(order) + more), moved[position], filled
-
-
-def _blocks(segments: list[Segment], row_bytes: int) -> Iterator[tuple[int, int, list[Segment]]]:
-    """Cut segments into ``(start, end, runs)``, where runs count rows from ``start``."""
-    limit = BLOCK_BYTES // row_bytes  # rows of several experts together
-    step = max(SPLIT_ROWS, limit)  # rows of one expert
-    runs: list[Segment] = []
-    start = 0
-    for expert, first, last in segments:
-        for begin in range(first, last, step):
-            end = min(last, begin + step)
-            if runs and end - start > limit:
-                yield start, begin, runs
-                runs = []
-            start = start if runs else begin
-            runs.append((expert, begin - start, end - start))
-    if runs:
-        yield start, start + runs[-1][2], runs
 
 
 _activation = lru_cache(maxsize=64)(Activation.from_args)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_compile.ops import cpu, cpu_gemm
+from moe_compile.ops import cpu, cpu_gemm, cpu_order
 from moe_compile.spec import ACTIVATIONS, Activation, Experts, MoE, Weight
 
 OPS = torch.ops.moe_compile
@@ -154,7 +154,7 @@ def single(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def set_blas(monkeypatch: pytest.MonkeyPatch, blas: cpu_gemm.Blas) -> None:
     """As on a CPU of another kind."""
-    for module in (cpu, cpu_gemm):
+    for module in (cpu, cpu_gemm, cpu_order):
         monkeypatch.setattr(module, "blas", lambda: blas)
 
 
@@ -307,8 +307,8 @@ def test_inputs_unchanged_and_result_fresh(dtype: torch.dtype, native: bool) -> 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_small_tiles_and_blocks(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_gemm, "TILE", 40)
-    monkeypatch.setattr(cpu, "BLOCK_BYTES", 400)
-    monkeypatch.setattr(cpu, "SPLIT_ROWS", 3)
+    monkeypatch.setattr(cpu_order, "BLOCK_BYTES", 400)
+    monkeypatch.setattr(cpu_order, "SPLIT_ROWS", 3)
     monkeypatch.setattr(cpu_gemm, "NATIVE_ROWS", 0)
     monkeypatch.setattr(cpu_gemm, "native_gemm", lambda dtype: False)
     for t, form, storage in itertools.product((1, 9, 77), ("fused", "split"), ("stacked", "transposed")):
@@ -317,11 +317,11 @@ def test_small_tiles_and_blocks(dtype: torch.dtype, monkeypatch: pytest.MonkeyPa
 
 
 def test_blocks_cover_every_row_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "SPLIT_ROWS", 4)
-    monkeypatch.setattr(cpu, "BLOCK_BYTES", 30)
+    monkeypatch.setattr(cpu_order, "SPLIT_ROWS", 4)
+    monkeypatch.setattr(cpu_order, "BLOCK_BYTES", 30)
     segments = [(0, 0, 1), (2, 1, 3), (3, 3, 14), (7, 14, 15)]
     rows: list[tuple[int, int]] = []
-    for start, end, runs in cpu._blocks(segments, 10):
+    for start, end, runs in cpu_order.blocks(segments, 10):
         assert runs[0][1] == 0 and runs[-1][2] == end - start
         assert len(runs) == 1 or end - start <= 3
         rows += [(e, start + r) for e, a, b in runs for r in range(a, b)]
@@ -406,8 +406,8 @@ def test_experts_without_rows_in_one_call(
     form: str, methods: list[cpu.Method], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The experts of a block need not follow each other, and one may lie in two blocks."""
-    monkeypatch.setattr(cpu, "BLOCK_BYTES", 4000)
-    monkeypatch.setattr(cpu, "SPLIT_ROWS", 7)
+    monkeypatch.setattr(cpu_order, "BLOCK_BYTES", 4000)
+    monkeypatch.setattr(cpu_order, "SPLIT_ROWS", 7)
     set_blas(monkeypatch, AVX512)
     ids = torch.tensor([[1, 6], [6, 1], [4, 1], [1, 9]]).repeat(20, 1)
     check(make(80, 9, 2, 32, 64, form=form, ids=ids))
@@ -492,7 +492,7 @@ def test_batched(
 ) -> None:
     """Uneven experts, one without rows, ids out of range and NaN in the row that fills: nobody reads it."""
     monkeypatch.setattr(cpu_gemm, "native_gemm", lambda dtype: True)
-    monkeypatch.setattr(cpu, "BLOCK_BYTES", 4000)  # several blocks
+    monkeypatch.setattr(cpu_order, "BLOCK_BYTES", 4000)  # several blocks
     ids = torch.tensor([[1, 6], [6, -1], [4, 1], [1, 9], [0, 2]]).repeat(9, 1)
     for bias, on_input in itertools.product((False, True), repeat=2):
         sample = make(45, 8, 2, 32, 64, dtype, form=form, storage=storage, bias=bias, ids=ids, weight_on_input=on_input)
@@ -528,8 +528,8 @@ def test_too_many_pairs() -> None:
 
 def test_one_token_is_not_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    sort = cpu._sort
-    monkeypatch.setattr(cpu, "_sort", lambda ids, e: calls.append(len(ids)) or sort(ids, e))
+    sort = cpu_order.sort
+    monkeypatch.setattr(cpu_order, "sort", lambda ids, e: calls.append(len(ids)) or sort(ids, e))
     for t in (1, 2, 64, 65):
         check(make(t))
     assert calls == [65]  # up to 128 pairs Python sorts
@@ -539,10 +539,10 @@ def test_one_token_is_not_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_few_pairs_are_sorted_alike(id_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     for t, e in itertools.product((0, 1, 2, 9, 40), (1, 3, 50)):
         ids = torch.randint(-2, e + 2, (t, 3), generator=torch.Generator().manual_seed(t)).to(id_dtype)
-        order, position, segments = cpu._route(ids, e)
+        order, position, segments = cpu_order.ordered(ids, e)
         with monkeypatch.context() as patch:
-            patch.setattr(cpu, "FEW_PAIRS", -1)
-            other = cpu._route(ids, e)
+            patch.setattr(cpu_order, "FEW_PAIRS", -1)
+            other = cpu_order.ordered(ids, e)
         assert torch.equal(order, other[0]) and torch.equal(position, other[1]) and segments == other[2]
         assert order.dtype == position.dtype == torch.int64
 
