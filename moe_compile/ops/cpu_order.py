@@ -13,7 +13,7 @@ from torch import Tensor
 from .cpu_gemm import MISSING_ROWS, Routing, Segment, blas
 
 BLOCK_BYTES = 1 << 20  # intermediate rows of one block: stays in cache, few calls of the activation
-FEW_PAIRS = 128  # up to here Python sorts faster than five calls of PyTorch do whose code is in no cache
+FEW_PAIRS = 256  # up to here Python sorts faster than five calls of PyTorch do whose code is in no cache
 SPLIT_ROWS = 256  # one expert is split only into runs that still make an efficient GEMM
 
 
