@@ -154,20 +154,18 @@ def choose(
 ) -> Method:
     """Pick the method from the number of rows that experts have."""
     pairs, hit = routing.pairs, routing.hit
-    native = dtype not in (torch.bfloat16, torch.float16) or native_gemm(dtype)
+    half = dtype in (torch.bfloat16, torch.float16)
+    native = not half or native_gemm(dtype)
+    # oneDNN would read on past such a width
+    sound = not half or not native or all(r[0].shape[-1] % NATIVE_BLOCK == 0 for r in roles if r)
+    if native and sound and _fits_bmm(dtype, routing, roles, biases):
+        return Method(dtype, batched=True)
     # columns and PyTorch's own half precision loop need weights dense in ``in``
     row_major = all(r[0].stride(-1) == 1 for r in roles if r)
-    if dtype in (torch.bfloat16, torch.float16):
-        if native:
-            keep = all(r[0].shape[-1] % NATIVE_BLOCK == 0 for r in roles if r)
-        else:
-            keep = row_major and pairs <= NATIVE_ROWS * hit
-        if not keep:
-            return _by_rows(torch.float32, pairs, hit, row_major and _bytes(roles, torch.float32) >= blas().least)
-    if native and _fits_bmm(dtype, routing, roles, biases):
-        return Method(dtype, batched=True)
+    if half and not (sound if native else row_major and pairs <= NATIVE_ROWS * hit):
+        return _by_rows(torch.float32, pairs, hit, row_major and _bytes(roles, torch.float32) >= blas().least)
     method = Method(dtype)
-    if dtype in (torch.float32, torch.float64):
+    if not half:
         method = _by_rows(dtype, pairs, hit, row_major and _bytes(roles, dtype) >= blas().least)
     together = native and dtype != torch.float64 and not method.columns and pairs > hit and not any(biases)
     return method._replace(grouped=together and all(_fits_grouped_mm(r) for r in roles if r))

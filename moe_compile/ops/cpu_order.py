@@ -13,7 +13,7 @@ from torch import Tensor
 from .cpu_gemm import MISSING_ROWS, Routing, Segment, blas
 
 BLOCK_BYTES = 1 << 20  # intermediate rows of one block: stays in cache, few calls of the activation
-FEW_PAIRS = 256  # up to here Python sorts faster than five calls of PyTorch do whose code is in no cache
+FEW_PAIRS = 128  # up to here Python lists win: PyTorch does the same in five to ten calls, whose code is in no cache
 SPLIT_ROWS = 256  # one expert is split only into runs that still make an efficient GEMM
 
 
@@ -69,6 +69,8 @@ def evened(
     They repeat the first token (in ``_grouped_linear`` the first row).
     """
     experts, most = routing.experts, routing.most
+    if len(position) <= FEW_PAIRS:
+        return _evened_few(order.tolist(), len(position), segments, routing)
     moves = torch.tensor([expert * most - start for expert, start, _ in segments])
     counts = torch.tensor([end - start for _, start, end in segments])
     rows = experts * most
@@ -77,6 +79,20 @@ def evened(
     moved[-1] = rows
     spread = order.new_zeros(rows).scatter_(0, moved[:-1], order)
     return spread, moved[position], [(e, e * most, (e + 1) * most) for e in range(experts)]
+
+
+def _evened_few(
+    order: list[int], pairs: int, segments: list[Segment], routing: Routing
+) -> tuple[Tensor, Tensor, list[Segment]]:
+    """The same from the pair of every row."""
+    experts, most = routing.experts, routing.most
+    rows = experts * most
+    spread, position = [0] * rows, [rows] * pairs
+    for expert, start, end in segments:
+        for row, pair in enumerate(order[start:end], expert * most):
+            spread[row], position[pair] = pair, row
+    even = [(e, e * most, (e + 1) * most) for e in range(experts)]
+    return torch.tensor(spread), torch.tensor(position), even
 
 
 def filled(order: Tensor, position: Tensor, segments: list[Segment]) -> tuple[Tensor, Tensor, list[Segment]]:
