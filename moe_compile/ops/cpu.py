@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..spec import INF, Activation, Router
 from .cpu_gemm import Method, Projection, Routing, Segment, Tensors, blas, choose
-from .cpu_order import blocks, evened, filled, invert, ordered, routing_of, segments_of, sort
+from .cpu_order import Many, blocks, filled, grouped, invert, sort
 from .schema import implement
 from .validate import check_combine, check_experts, check_grouped_linear, check_ids, check_route
 
@@ -85,14 +85,13 @@ def _many_tokens(
     layer: Build, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, experts: int, on_input: bool,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    order, position, segments = ordered(topk_ids, experts)
-    routing = routing_of(segments, len(order), experts)
-    network, top_k = layer(routing), topk_ids.shape[1]
-    none_left_out = len(order) == len(position)
-    if network.method.batched:
-        order, position, segments = evened(order, position, segments, routing)
-    elif network.method.columns and blas().vector > 1:
-        order, position, segments = filled(order, position, segments)
+    groups, top_k = grouped(topk_ids, experts), topk_ids.shape[1]
+    network = layer(groups.routing)
+    none_left_out = groups.routing.pairs == topk_ids.numel()
+    placed = groups.evened() if network.method.batched else groups.sorted()
+    if network.method.columns and blas().vector > 1:
+        placed = filled(placed)
+    order, position, segments = placed
     pairs = len(order)
     # The rows of pairs that count, and one row that stands for all others and is never read.
     result = torch.empty(pairs + 1, network.down.width, dtype=network.method.dtype)  # [S + 1, H]
@@ -115,22 +114,22 @@ def _sort_pairs(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 
 def _grouped_linear(rows: Tensor, weight: Tensors, bias: Tensors, offsets: Tensor) -> Tensor:
     with torch.no_grad():
-        experts = check_grouped_linear(rows, weight, bias, offsets)
-        segments, pairs = segments_of(offsets[1:].tolist())
-        routing = routing_of(segments, pairs, experts)
-        method = choose(rows.dtype, routing, (weight,), (bias,))
+        check_grouped_linear(rows, weight, bias, offsets)
+        ends = offsets[1:].tolist()
+        groups = Many(torch.arange(ends[-1]), ends)
+        method = choose(rows.dtype, groups.routing, (weight,), (bias,))
         project = Projection(weight, bias, method)
         out = rows.new_empty(rows.shape[0], project.width)  # [P, out]
-        result, row = out, torch.arange(pairs)
+        order, position, segments = groups.evened() if method.batched else groups.sorted()
+        result = out
         if method.batched:
-            spread, row, segments = evened(row, row, segments, routing)
-            rows = rows.index_select(0, spread)
-            result = rows.new_empty(len(spread), project.width)
+            rows = rows.index_select(0, order)
+            result = rows.new_empty(len(order), project.width)
         for start, end, runs in blocks(segments, project.width * method.dtype.itemsize):
             result[start:end] = project(runs, rows[start:end].to(method.dtype))
         if method.batched:
-            torch.index_select(result, 0, row, out=out[:pairs])
-        out[pairs:].zero_()
+            torch.index_select(result, 0, position, out=out[: ends[-1]])
+        out[ends[-1] :].zero_()
         return out
 
 

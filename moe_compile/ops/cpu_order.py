@@ -6,6 +6,7 @@ Shape legend: see ``spec.py``; ``S`` rows, which are the pairs that have an expe
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from .cpu_gemm import MISSING_ROWS, Routing, Segment, blas
 
 BLOCK_BYTES = 1 << 20  # intermediate rows of one block: stays in cache, few calls of the activation
-FEW_PAIRS = 128  # up to here Python lists win: PyTorch does the same in five to ten calls, whose code is in no cache
+FEW_PAIRS = 128  # up to here lists win
 SPLIT_ROWS = 256  # one expert is split only into runs that still make an efficient GEMM
 
 
@@ -28,78 +29,94 @@ def invert(order: Tensor, pairs: int) -> Tensor:
     return torch.empty_like(order).scatter_(0, order, torch.arange(len(order)).clamp_(max=pairs))
 
 
-def ordered(topk_ids: Tensor, experts: int) -> tuple[Tensor, Tensor, list[Segment]]:
-    """The pair of every row [S], the row of every pair [P], and each expert's rows."""
-    if topk_ids.numel() <= FEW_PAIRS:
-        return _ordered_few(topk_ids.reshape(-1).tolist(), experts)
-    key, order = sort(topk_ids, experts)
-    ends = torch.searchsorted(key, torch.arange(experts, dtype=key.dtype), right=True)
-    segments, pairs = segments_of(ends.tolist())
-    return order[:pairs], invert(order, pairs), segments
+class Rows(NamedTuple):
+    """Where the rows of a call lie.
 
-
-def _ordered_few(expert_of: list[int], experts: int) -> tuple[Tensor, Tensor, list[Segment]]:
-    """The same from the expert of every pair."""
-    order = [pair for pair, expert in enumerate(expert_of) if 0 <= expert < experts]
-    order.sort(key=expert_of.__getitem__)
-    position, segments, start = [len(order)] * len(expert_of), list[Segment](), 0
-    for row, pair in enumerate(order):
-        position[pair] = row
-        if row + 1 == len(order) or expert_of[order[row + 1]] != expert_of[pair]:
-            segments.append((expert_of[pair], start, row + 1))
-            start = row + 1
-    return torch.tensor(order, dtype=torch.int64), torch.tensor(position, dtype=torch.int64), segments
-
-
-def segments_of(ends: list[int]) -> tuple[list[Segment], int]:
-    """The rows of each expert that has some, and how many there are, from where each expert's end."""
-    bounds = zip([0, *ends[:-1]], ends, strict=True)
-    return [(expert, start, end) for expert, (start, end) in enumerate(bounds) if start < end], ends[-1]
-
-
-def routing_of(segments: list[Segment], pairs: int, experts: int) -> Routing:
-    return Routing(pairs, experts, len(segments), max((end - start for _, start, end in segments), default=0))
-
-
-def evened(
-    order: Tensor, position: Tensor, segments: list[Segment], routing: Routing
-) -> tuple[Tensor, Tensor, list[Segment]]:
-    """The same with as many rows for every expert as the fullest has: rows that nobody reads.
-
-    They repeat the first token (in ``_grouped_linear`` the first row).
+    Args:
+        order: the pair of every row ``[S]``.
+        position: the row of every pair ``[P]``; S for those that no expert has.
+        segments: each expert's rows.
     """
-    experts, most = routing.experts, routing.most
-    if len(position) <= FEW_PAIRS:
-        return _evened_few(order.tolist(), len(position), segments, routing)
-    moves = torch.tensor([expert * most - start for expert, start, _ in segments])
-    counts = torch.tensor([end - start for _, start, end in segments])
-    rows = experts * most
-    moved = torch.arange(len(order) + 1)  # where a row goes, and the row that stands for those that are not read
-    moved[:-1] += moves.repeat_interleave(counts, output_size=len(order))
-    moved[-1] = rows
-    spread = order.new_zeros(rows).scatter_(0, moved[:-1], order)
-    return spread, moved[position], [(e, e * most, (e + 1) * most) for e in range(experts)]
+
+    order: Tensor
+    position: Tensor
+    segments: list[Segment]
 
 
-def _evened_few(
-    order: list[int], pairs: int, segments: list[Segment], routing: Routing
-) -> tuple[Tensor, Tensor, list[Segment]]:
-    """The same from the pair of every row."""
-    experts, most = routing.experts, routing.most
-    rows = experts * most
-    spread, position = [0] * rows, [rows] * pairs
-    for expert, start, end in segments:
-        for row, pair in enumerate(order[start:end], expert * most):
-            spread[row], position[pair] = pair, row
-    even = [(e, e * most, (e + 1) * most) for e in range(experts)]
-    return torch.tensor(spread), torch.tensor(position), even
+class Few:
+    """Few pairs, by their experts: PyTorch does the same in ten calls, whose code is in no cache."""
+
+    def __init__(self, expert_of: list[int], experts: int) -> None:
+        self._of: list[list[int]] = [[] for _ in range(experts)]  # the pairs of each expert
+        for pair, expert in enumerate(expert_of):
+            if 0 <= expert < experts:
+                self._of[expert].append(pair)
+        counts = [len(pairs) for pairs in self._of]
+        self.routing = Routing(sum(counts), experts, experts - counts.count(0), max(counts))
+        self._total = len(expert_of)
+
+    def sorted(self) -> Rows:
+        """Rows by expert."""
+        return self._rows([(e, len(pairs)) for e, pairs in enumerate(self._of) if pairs])
+
+    def evened(self) -> Rows:
+        """As many rows for every expert as the fullest has: those that it lacks repeat the first token, unread."""
+        return self._rows([(e, self.routing.most) for e in range(self.routing.experts)])
+
+    def _rows(self, sizes: list[tuple[int, int]]) -> Rows:
+        rows = sum(size for _, size in sizes)
+        order, position, segments, start = [0] * rows, [rows] * self._total, list[Segment](), 0
+        for expert, size in sizes:
+            pairs = self._of[expert]
+            order[start : start + len(pairs)] = pairs
+            for row, pair in enumerate(pairs, start):
+                position[pair] = row
+            segments.append((expert, start, start + size))
+            start += size
+        return Rows(torch.tensor(order, dtype=torch.int64), torch.tensor(position, dtype=torch.int64), segments)
 
 
-def filled(order: Tensor, position: Tensor, segments: list[Segment]) -> tuple[Tensor, Tensor, list[Segment]]:
+class Many:
+    """Sorted pairs ``order [P]``, those that have an expert first, and where each expert's end."""
+
+    def __init__(self, order: Tensor, ends: list[int]) -> None:
+        bounds = zip([0, *ends[:-1]], ends, strict=True)
+        self._segments = [(expert, start, end) for expert, (start, end) in enumerate(bounds) if start < end]
+        most = max((end - start for _, start, end in self._segments), default=0)
+        self.routing = Routing(ends[-1], len(ends), len(self._segments), most)
+        self._order = order
+
+    def sorted(self) -> Rows:
+        """Rows by expert."""
+        pairs = self.routing.pairs
+        return Rows(self._order[:pairs], invert(self._order, pairs), self._segments)
+
+    def evened(self) -> Rows:
+        """As many rows for every expert as the fullest has: those that it lacks repeat the first token, unread."""
+        pairs, experts, _, most = self.routing
+        order, rows = self._order[:pairs], experts * most
+        moves = torch.tensor([expert * most - start for expert, start, _ in self._segments])
+        counts = torch.tensor([end - start for _, start, end in self._segments])
+        place = moves.repeat_interleave(counts, output_size=pairs) + torch.arange(pairs)
+        position = order.new_full((len(self._order),), rows).scatter_(0, order, place)
+        spread = order.new_zeros(rows).scatter_(0, place, order)
+        return Rows(spread, position, [(e, e * most, (e + 1) * most) for e in range(experts)])
+
+
+def grouped(topk_ids: Tensor, experts: int) -> Few | Many:
+    """The pairs by expert."""
+    if topk_ids.numel() <= FEW_PAIRS:
+        return Few(topk_ids.reshape(-1).tolist(), experts)
+    key, order = sort(topk_ids, experts)
+    return Many(order, torch.searchsorted(key, torch.arange(experts, dtype=key.dtype), right=True).tolist())
+
+
+def filled(rows: Rows) -> Rows:
     """The same with experts whose rows almost fill their last vector given what it lacks: rows that nobody reads.
 
     They repeat the expert's last row, so they hold nothing that is not in a row that counts.
     """
+    order, position, segments = rows
     vector, filled = blas().vector, list[Segment]()
     repeats = [1] * len(order)
     more = 0
@@ -110,10 +127,10 @@ def filled(order: Tensor, position: Tensor, segments: list[Segment]) -> tuple[Te
         filled.append((expert, start + more, end + more + missing))
         more += missing
     if not more:
-        return order, position, segments
+        return rows
     times = torch.tensor(repeats)
     moved = torch.cat([times.cumsum(0) - times, torch.tensor([len(order) + more])])  # where a row went, and the last
-    return order.repeat_interleave(times, output_size=len(order) + more), moved[position], filled
+    return Rows(order.repeat_interleave(times, output_size=len(order) + more), moved[position], filled)
 
 
 def blocks(segments: list[Segment], row_bytes: int) -> Iterator[tuple[int, int, list[Segment]]]:

@@ -539,17 +539,19 @@ def test_one_token_is_not_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_few_pairs_are_sorted_alike(id_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     for t, e in itertools.product((0, 1, 2, 9, 40), (1, 3, 50)):
         ids = torch.randint(-2, e + 2, (t, 3), generator=torch.Generator().manual_seed(t)).to(id_dtype)
-        order, position, segments = cpu_order.ordered(ids, e)
-        routing = cpu_order.routing_of(segments, len(order), e)
-        even = cpu_order.evened(order, position, segments, routing) if segments else (order, position, segments)
+        few = cpu_order.grouped(ids, e)
         with monkeypatch.context() as patch:
             patch.setattr(cpu_order, "FEW_PAIRS", -1)
-            other = cpu_order.ordered(ids, e)
-            other_even = cpu_order.evened(*other, routing) if segments else other
-        for found, expected in (((order, position, segments), other), (even, other_even)):
-            assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
-            assert found[2] == expected[2]
-            assert found[0].dtype == found[1].dtype == torch.int64
+            many = cpu_order.grouped(ids, e)
+        assert isinstance(few, cpu_order.Few) and isinstance(many, cpu_order.Many)
+        assert few.routing == many.routing
+        both = [(few.sorted(), many.sorted())]
+        if few.routing.pairs:
+            both.append((few.evened(), many.evened()))
+        for found, expected in both:
+            assert torch.equal(found.order, expected.order) and torch.equal(found.position, expected.position)
+            assert found.segments == expected.segments
+            assert found.order.dtype == found.position.dtype == torch.int64
 
 
 @pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64])
