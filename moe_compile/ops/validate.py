@@ -128,8 +128,8 @@ def check_ids(topk_ids: Tensor) -> None:
 
 def check_grouped_linear(
     rows: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor], offsets: Tensor
-) -> int:
-    """Check every argument of ``grouped_linear`` and return E."""
+) -> None:
+    """Check every argument of ``grouped_linear``."""
     _floats("rows", rows)
     _dims("rows", rows, ("P", "in"))
     if not weight:
@@ -138,7 +138,6 @@ def check_grouped_linear(
     _role("weight", weight, experts, (out, rows.shape[1]), rows.dtype)
     _role("bias", bias, experts, (out,), rows.dtype)
     check_offsets(offsets, experts)
-    return experts
 
 
 def check_combine(
