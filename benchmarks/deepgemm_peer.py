@@ -11,7 +11,7 @@ import torch
 import triton
 from peers import Layer, Program, route
 from torch import Tensor
-from wheel_peers import _silu_and_mul
+from wheel_peers import silu_and_mul
 
 from moe_compile.deepgemm.experts import alignment
 from moe_compile.deepgemm.provider import Provider, find
@@ -39,7 +39,7 @@ def build(layer: Layer, w1: Tensor, w2: Tensor) -> Program:
         h, y = x.new_empty(len(rows), layer.I), x.new_empty(len(rows), layer.H)
         with provider.alignment(align):
             multiply(rows, w1, wide, layout)
-            _silu_and_mul[(len(rows), triton.cdiv(layer.I, 1024))](wide, h, layer.I, BLOCK=1024)
+            silu_and_mul[(len(rows), triton.cdiv(layer.I, 1024))](wide, h, layer.I, BLOCK=1024)
             multiply(h, w2, y, layout)
         return combine_padded(y, pairs.inverse, weights, layer.K, x.dtype)
 

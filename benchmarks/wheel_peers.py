@@ -133,7 +133,7 @@ def replay_ms(call: Callable[[], object]) -> float:
 
 
 @triton.jit
-def _silu_and_mul(source, target, WIDTH, BLOCK: tl.constexpr):
+def silu_and_mul(source, target, WIDTH, BLOCK: tl.constexpr):
     """``source [P, 2 * WIDTH]``, gate first, to ``target [P, WIDTH]``; a program per row and block of columns."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -205,7 +205,7 @@ class Vllm:
         gate_up = shared[: tokens * top_k * 2 * width].view(-1, 2 * width)
         rows = torch.empty(tokens * top_k, width, dtype=x.dtype, device=x.device)
         self.product(x, self.w1, gate_up, weights, blocks, settings, False, top_k)
-        _silu_and_mul[(rows.shape[0], triton.cdiv(width, 1024))](gate_up, rows, width, BLOCK=1024)
+        silu_and_mul[(rows.shape[0], triton.cdiv(width, 1024))](gate_up, rows, width, BLOCK=1024)
         pairs = shared[: tokens * top_k * hidden].view(-1, hidden)
         self.product(rows, self.w2, pairs, weights, blocks, settings, True, 1)
         out = torch.empty_like(x)

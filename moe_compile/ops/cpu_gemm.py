@@ -1,6 +1,6 @@
 """Grouped GEMMs on the CPU, in plain PyTorch ops.
 
-How the GEMMs of a call run is decided from its shape alone (``choose``), because BLAS differs:
+How the GEMMs of a call run is decided from shapes and from the rows that experts have (``choose``), as BLAS differs:
 
 * bf16/fp16 without CPU instructions for it: PyTorch's own loop wins for a few rows (it reads half the
   bytes), else weights are upcast tile by tile into a float32 scratch: 2 to 8 times faster, more accurate.
@@ -153,21 +153,16 @@ def choose(
     dtype: torch.dtype, routing: Routing, roles: Sequence[Tensors], biases: Sequence[Tensors] = ()
 ) -> Method:
     """Pick the method from the number of rows that experts have."""
-    pairs, hit = routing.pairs, routing.hit
     half = dtype in (torch.bfloat16, torch.float16)
-    native = not half or native_gemm(dtype)
-    # oneDNN would read on past such a width
-    sound = not half or not native or all(r[0].shape[-1] % NATIVE_BLOCK == 0 for r in roles if r)
-    if native and sound and _fits_bmm(dtype, routing, roles, biases):
+    if half and not native_gemm(dtype):
+        own_loop = _row_major(roles) and routing.pairs <= NATIVE_ROWS * routing.hit
+        return Method(dtype) if own_loop else _by_rows(torch.float32, routing, roles)
+    if half and any(r[0].shape[-1] % NATIVE_BLOCK for r in roles if r):
+        return _by_rows(torch.float32, routing, roles)
+    if _fits_bmm(dtype, routing, roles, biases):
         return Method(dtype, batched=True)
-    # columns and PyTorch's own half precision loop need weights dense in ``in``
-    row_major = all(r[0].stride(-1) == 1 for r in roles if r)
-    if half and not (sound if native else row_major and pairs <= NATIVE_ROWS * hit):
-        return _by_rows(torch.float32, pairs, hit, row_major and _bytes(roles, torch.float32) >= blas().least)
-    method = Method(dtype)
-    if not half:
-        method = _by_rows(dtype, pairs, hit, row_major and _bytes(roles, dtype) >= blas().least)
-    together = native and dtype != torch.float64 and not method.columns and pairs > hit and not any(biases)
+    method = Method(dtype) if half else _by_rows(dtype, routing, roles)
+    together = dtype != torch.float64 and not method.columns and routing.pairs > routing.hit and not any(biases)
     return method._replace(grouped=together and all(_fits_grouped_mm(r) for r in roles if r))
 
 
@@ -194,12 +189,15 @@ def _fits_grouped_mm(weight: Tensors) -> bool:
     return is_stacked(weight) and w.stride(2) == 1 and not any(n % per_vector for n in (*w.stride()[:2], w.shape[2]))
 
 
-def _bytes(roles: Sequence[Tensors], dtype: torch.dtype) -> int:
-    return sum(r[0].numel() * len(r) for r in roles if r) * dtype.itemsize
+def _row_major(roles: Sequence[Tensors]) -> bool:
+    """Whether weights are dense in ``in``: what columns and PyTorch's own half precision loop need."""
+    return all(r[0].stride(-1) == 1 for r in roles if r)
 
 
-def _by_rows(dtype: torch.dtype, pairs: int, hit: int, possible: bool) -> Method:
-    columns = possible and hit < pairs <= blas().columns * hit
+def _by_rows(dtype: torch.dtype, routing: Routing, roles: Sequence[Tensors]) -> Method:
+    pairs, hit = routing.pairs, routing.hit
+    size = sum(r[0].numel() * len(r) for r in roles if r) * dtype.itemsize  # bytes
+    columns = hit < pairs <= blas().columns * hit and size >= blas().least and _row_major(roles)
     return Method(dtype, columns, repack=columns and pairs < STRIDED_ROWS * hit)
 
 
