@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 
-import torch
 from torch import fx
 
 from . import lower, routers
@@ -21,14 +20,15 @@ DEVICES = ("cuda",)  # on a CPU Inductor's own code for a router is as fast
 
 
 class RouterPass(CustomGraphPass):  # type: ignore[misc]
-    """An Inductor graph pass that fuses the proved routers of ``moe_compile::experts`` calls and leaves autograd."""
+    """An Inductor graph pass that fuses the proved routers of our experts' calls and leaves autograd."""
 
     def __call__(self, graph: fx.Graph) -> None:
-        for node in graph.find_nodes(op="call_function", target=torch.ops.moe_compile.experts.default):
-            chain = routers.read(node) if node.meta["val"].device.type in DEVICES else None
-            if chain is not None:
-                lower.fuse_router(chain)
-                log.debug("router of %s: %s", node.name, chain.router)
+        for op in routers.EXPERTS:
+            for node in graph.find_nodes(op="call_function", target=op):
+                chain = routers.read(node) if node.meta["val"].device.type in DEVICES else None
+                if chain is not None:
+                    lower.fuse_router(chain)
+                    log.debug("router of %s: %s", node.name, chain.router)
         lower.leave_autograd(graph)
 
     def uuid(self) -> str:

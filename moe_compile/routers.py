@@ -1,4 +1,4 @@
-"""Reads how an ``experts`` call gets its weights and ids, in Inductor's graph of plain ATen operations.
+"""Reads how a call of experts gets its weights and ids, in Inductor's graph of plain ATen operations.
 
 The router of a layer stays in the user's program: it may be anything. Where it is one of the common ones, every step
 of it proved here, ``lower.fuse_router`` replaces it by one launch. Shape legend: see ``spec.py``.
@@ -17,6 +17,8 @@ from .spec import Router
 
 aten, prims = torch.ops.aten, torch.ops.prims
 MAX_EXPERTS, MAX_TOP_K = 1024, 32  # what one warp holds and takes
+# the ops that take rows, weights and ids first
+EXPERTS = (torch.ops.moe_compile.experts.default, torch.ops.moe_compile.experts_fp8.default)
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Chain:
 
 
 def read(experts: fx.Node) -> Chain | None:
-    """The router of a ``moe_compile::experts`` call, None if it is not one of the common ones.
+    """The router of a call of one of ``EXPERTS``, None if it is not one of the common ones.
 
     ``softmax`` or ``sigmoid`` of all logits, top-k, optionally divided by the sum (plus a constant), times a constant;
     or top-k of the logits and ``softmax`` of those. In float32 throughout but for the logits and the result.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ if not torch.cuda.is_available():
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support import assert_accurate  # noqa: E402
-from test_routers import FUSED, LEFT, H, Layer, watched  # noqa: E402
+from test_routers import FUSED, LEFT, Fp8Layer, H, Layer, watched  # noqa: E402
 
 from moe_compile import routers  # noqa: E402
 from moe_compile.kernels.route import route  # noqa: E402
@@ -22,8 +23,9 @@ from moe_compile.spec import Router  # noqa: E402
 
 
 @pytest.fixture
-def chains(monkeypatch: pytest.MonkeyPatch) -> list[routers.Chain]:
-    return watched(monkeypatch)
+def chains(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[routers.Chain]]:
+    with watched(monkeypatch) as found:
+        yield found
 
 
 @pytest.mark.parametrize("tokens", [1, 300])
@@ -36,6 +38,17 @@ def test_common_routers_are_one_launch(name: str, tokens: int, chains: list[rout
         ours = torch.compile(layer, backend="moe_compile", fullgraph=True)(x)
         truth = Layer(source).bfloat16().double()(x.cpu().double())
         assert_accurate(ours.cpu(), layer(x).cpu(), truth)
+    assert [c.router for c in chains] == [expected]
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_routers_of_fp8_experts_are_one_launch(name: str, chains: list[routers.Chain]) -> None:
+    source, expected = FUSED[name]
+    layer = Fp8Layer(source).cuda().eval()
+    x = torch.randn(5, H, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+    with torch.no_grad():
+        ours = torch.compile(layer, backend="moe_compile", fullgraph=True)(x)
+        torch.testing.assert_close(ours, layer(x), rtol=2e-2, atol=2e-2)
     assert [c.router for c in chains] == [expected]
 
 
