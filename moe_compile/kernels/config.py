@@ -13,10 +13,14 @@ from typing import NamedTuple
 
 PATHS = ("gemv", "decode", "sorted")
 
-GEMV_TOKENS = 2  # up to here one pair per program wins; from 4 tokens on the tensor cores do
+# Up to here one pair per program wins, which reads an expert's weights for each of its rows: while hardly two tokens
+# choose the same expert (mean rows per expert), and pairs times H times I are few.
+GEMV_TOKENS = 2
+GEMV_ROWS = 0.4
+GEMV_WEIGHTS = 1 << 27
 DECODE_TOKENS = 64  # up to here every hit expert's rows are found without a sort
 LADDER_ROWS = 40  # mean rows per expert from which on tiles of graded height win
-LADDER_TALL_ROWS = 80  # the same for tall ones
+LADDER_TALL_ROWS = 60  # the same for tall ones, which pay as well where the rows are few but uneven
 TMA_ROWS = 256  # the same for tiles of one height by descriptors
 PERMUTE_COLUMNS = 2048  # columns of the first GEMM from which on it repays that its rows are put in order
 DECODE_IDS = 4096  # ids that one program of the decode kernel holds in registers
@@ -82,16 +86,22 @@ class Plan:
     down: Tiles
 
 
-def choose_path(tokens: int, top_k: int, dense: bool = True) -> str:
+def choose_path(tokens: int, top_k: int, experts: int, hidden: int, inter: int, dense: bool = True) -> str:
     """The path for ``tokens`` rows; nothing here can know how they spread over the experts.
 
     Args:
         dense: every weight has stride one along its input dimension (what matrix-vector wants).
     """
-    if tokens <= GEMV_TOKENS and dense:
+    if dense and are_vectors(tokens, top_k, experts, hidden, inter):
         return "gemv"
     ids = power_of_two(tokens) * power_of_two(top_k)
     return "decode" if tokens <= DECODE_TOKENS and ids <= DECODE_IDS else "sorted"
+
+
+def are_vectors(tokens: int, top_k: int, experts: int, hidden: int, inter: int) -> bool:
+    """Whether the layer is best computed pair by pair."""
+    alone = tokens == 1 or (tokens <= GEMV_TOKENS and tokens * top_k < GEMV_ROWS * experts)
+    return alone and tokens * top_k * hidden * inter <= GEMV_WEIGHTS
 
 
 @lru_cache(maxsize=4096)

@@ -70,7 +70,7 @@ def plan_of(
         if measured is not None:
             return measured
     if path is None:
-        path = choose_path(tokens, top_k, dense)
+        path = choose_path(tokens, top_k, experts, up.depth, up.columns, dense)
     elif path not in PATHS:
         raise ValueError(f"path {path!r} is not one of {', '.join(PATHS)}")
     elif path == "gemv" and not dense:

@@ -78,8 +78,8 @@ def scales_of(projection: Projection, quant: Quant) -> Scales:
 def to_fp8(y, AXIS: tl.constexpr, EXACT: tl.constexpr):
     """fp32 ``y``, one group along ``AXIS`` -> its e4m3 values and its scale.
 
-    ``EXACT``: divided as IEEE says, to the bits of ``moe_compile.quantize``; that costs a matrix-vector kernel time,
-    and cannot be told in whole layers from where only rows are moved.
+    ``EXACT``: divided as IEEE says, to the bits of ``moe_compile.quantize``; where only rows are moved, that cannot be
+    told in the time of whole layers.
     """
     largest = tl.maximum(tl.max(tl.abs(y), AXIS), SMALLEST_)
     if EXACT:

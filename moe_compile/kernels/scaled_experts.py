@@ -37,7 +37,7 @@ def plan_scaled(
         # the columns of a matrix-vector program lie in one block of scales
         blocks = up.scale_rows == down.scale_rows == GROUP
         dense = is_dense(up, down) and blocks and inter % MAX_COLUMNS == 0 and down.columns % MAX_COLUMNS == 0
-        path = choose_scaled_path(tokens, top_k, hidden, inter, dense, quantise)
+        path = choose_scaled_path(tokens, top_k, experts, hidden, inter, dense, quantise)
     return select_scaled(
         path, tokens, top_k, experts, hidden, inter, up.epilogue.gated, quantise, elements, device
     )

@@ -1,7 +1,9 @@
-"""One or two tokens and fp8 weights with block scales: ``gemv.py`` with the depth cut into groups of one scale.
+"""A few tokens and fp8 weights with block scales: two launches as in ``gemv.py``, by groups of the depth.
 
-A tile of weights is ``[columns, groups, 128]``, so that a scale is read once per group. All columns of a program lie in
-one block, hence ``MAX_COLUMNS`` divides their number. The vector is rounded to fp8 here if at all: it is short.
+A tile of weights is ``[8, groups, columns, 16]``: a thread holds 16 weights of a column, all of one scale, sums their
+products in its registers and scales the sum, so that registers are free for loads. Columns come after the depth, so
+that threads lie side by side along it. All columns of a program lie in one block, hence ``MAX_COLUMNS`` divides their
+number. The vector is rounded to fp8 here if at all: it is short.
 
 Shape legend: see ``spec.py``.
 """
@@ -18,28 +20,78 @@ from .activation import activate
 from .config import power_of_two
 from .launch import Launch, Start, dependent, follow, once
 from .operand import expert_base
-from .scaled import GROUP, GROUP_, PLAIN_ROWS, groups, scales_of, to_fp8
+from .scaled import GROUP, GROUP_, LARGEST_, PLAIN_ROWS, SMALLEST_, groups, scales_of
 from .tile import Projection
 
 MAX_COLUMNS = 8
-WEIGHTS = 8192  # of one step of a program
+VECTOR: tl.constexpr = tl.constexpr(16)  # fp8 weights in 16 bytes
+VECTORS: tl.constexpr = tl.constexpr(GROUP // 16)  # of a group
+
+
+@triton.jit
+def _depth(g):
+    """The depth ``[8, groups, 16]`` of groups ``g``."""
+    c, v = tl.arange(0, VECTORS), tl.arange(0, VECTOR)
+    return g[None, :, None] * GROUP_ + c[:, None, None] * VECTOR + v[None, None, :]
 
 
 @triton.jit
 def _rounded(a, QUANT: tl.constexpr):
-    """``a [groups, 128]`` in fp32, as fp8 holds it if ``QUANT``."""
+    """``a [8, groups, 16]`` in fp32: its e4m3 values if ``QUANT`` and the scales ``[groups]`` that belong to them.
+
+    ``q`` is ``a / scale`` as IEEE says, from one reciprocal per group and one correction (P. Markstein, IBM Journal of
+    Research and Development 34, 1990): rows in bfloat16 lie on ties of fp8 often enough for the last bit to matter.
+    """
     if QUANT:
-        q, scale = to_fp8(a, 1, False)
-        return q.to(tl.float32) * scale[:, None]
+        scale = tl.div_rn(tl.maximum(tl.max(tl.max(tl.abs(a), 2), 0), SMALLEST_), LARGEST_)
+        inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)[None, :, None]
+        q = a * inverse
+        q = tl.fma(tl.fma(-q, tl.broadcast_to(scale[None, :, None], q.shape), a), tl.broadcast_to(inverse, q.shape), q)
+        return q.to(tl.float8e4nv).to(tl.float32), scale
     else:
-        return a
+        return a, 1.0
 
 
 @triton.jit
-def _weights_times(wp, inside, a, scale):
-    """Products of a tile of weights with ``a [groups, 128]``, scaled: ``[columns, groups, 128]``."""
-    w = tl.load(wp, mask=inside[None, :, :], other=0.0, eviction_policy="evict_first")
-    return w.to(tl.float32) * (a * scale[:, None])[None, :, :]
+def _weights_times(w, a, scale):
+    """``w [8, groups, columns, 16]`` times ``a [8, groups, 16]`` times ``scale [groups]``: ``[8, groups, columns]``."""
+    return tl.sum(w.to(tl.float32) * a[:, :, None, :], 3) * scale[None, :, None]
+
+
+@triton.jit
+def _biases(W, e, n, here, N, M: tl.constexpr):
+    """Those of columns ``n`` of expert ``e``, of the gate and of the up rows: ``[BN]`` each."""
+    WIDE: tl.constexpr = 2 if M.layout == "interleaved" else 1
+    gate = tl.zeros_like(n).to(tl.float32)
+    value = gate
+    if W.b.ptr is not None:
+        bias = expert_base(W.b, e, M.b, False) + n * WIDE * W.b.out
+        gate = tl.load(bias, mask=here, other=0.0).to(tl.float32)
+        if M.layout == "interleaved":
+            value = tl.load(bias + W.b.out, mask=here, other=0.0).to(tl.float32)
+        elif M.layout == "concat":
+            value = tl.load(bias + N * W.b.out, mask=here, other=0.0).to(tl.float32)
+    if W.b_up.ptr is not None:
+        bias = expert_base(W.b_up, e, M.b_up, False) + n * W.b_up.out
+        value = tl.load(bias, mask=here, other=0.0).to(tl.float32)
+    return gate, value
+
+
+@triton.jit
+def _weighted_biases(W, ids, weights, first, n, N, E, K: tl.constexpr, KP: tl.constexpr, M: tl.constexpr):
+    """The sum over a token's experts for columns ``n``: ``[BN]``."""
+    y = tl.zeros_like(n).to(tl.float32)
+    if W.b.ptr is not None:
+        s = tl.arange(0, KP)
+        e = tl.load(ids + first + s, mask=s < K, other=-1).to(tl.int32)
+        valid = (e >= 0) & (e < E)
+        weight = valid.to(tl.float32)
+        if weights is not None:
+            weight = tl.load(weights + first + s, mask=valid, other=0.0).to(tl.float32)
+        bias = expert_base(W.b, tl.where(valid, e, 0), M.b, False)[:, None] + n[None, :] * W.b.out
+        b = tl.load(bias, mask=valid[:, None] & (n < N)[None, :], other=0.0).to(tl.float32)
+        y = tl.sum(b * weight[:, None], 0)
+    return y
 
 
 @triton.jit(do_not_specialize=["E"])
@@ -69,10 +121,12 @@ def scaled_gemv_up_kernel(
     e = tl.load(ids + pair).to(tl.int32)
     if (e >= 0) & (e < E):
         n = first + tl.arange(0, BN)
-        row = tl.where(n < N, n, 0).to(tl.int64) * WIDE
+        here = n < N
+        gate_bias, value_bias = _biases(W, e, n, here, N, M)
+        row = tl.where(here, n, 0).to(tl.int64) * WIDE
         g = tl.arange(0, BG)
-        k = g[:, None] * GROUP_ + tl.arange(0, GROUP_)[None, :]  # [BG, 128]
-        wp = expert_base(W.w, e, M.w, M.w_aligned) + (row * W.w.out)[:, None, None] + k[None, :, :]
+        k = _depth(g)
+        wp = expert_base(W.w, e, M.w, M.w_aligned) + (row * W.w.out)[None, None, :, None] + k[:, :, None, :]
         block = Q.w + e.to(tl.int64) * Q.expert
         sp = block + (first * WIDE // GROUP_).to(tl.int64) * Q.row
         up, tp = wp + W.w.out, sp  # "interleaved"
@@ -80,38 +134,29 @@ def scaled_gemv_up_kernel(
             up = wp + tl.cast(N, tl.int64) * W.w.out
             tp = block + ((first + N) // GROUP_).to(tl.int64) * Q.row
         elif M.layout == "separate":
-            up = expert_base(W.up, e, M.up, M.up_aligned) + (row * W.up.out)[:, None, None] + k[None, :, :]
+            up = expert_base(W.up, e, M.up, M.up_aligned) + (row * W.up.out)[None, None, :, None] + k[:, :, None, :]
             tp = Q.up + e.to(tl.int64) * Q.expert + (first // GROUP_).to(tl.int64) * Q.row
         xp = x + (pair // K).to(tl.int64) * x_stride + k
-        gate = tl.zeros((BN, BG, GROUP_), tl.float32)
-        value = tl.zeros((BN, BG, GROUP_), tl.float32)
+        gate = tl.zeros((VECTORS, BG, BN), tl.float32)
+        value = tl.zeros((VECTORS, BG, BN), tl.float32)
         for d in range(0, tl.cdiv(D, GROUP_), BG):
             inside = k < D - d * GROUP_
             some = g * GROUP_ < D - d * GROUP_
-            a = tl.load(xp + d * GROUP_, mask=inside, other=0.0).to(tl.float32)
-            a = _rounded(a, QUANT)
             at = (d + g) * Q.inp
-            gate += _weights_times(wp + d * GROUP_, inside, a, tl.load(sp + at, mask=some, other=0.0))
+            w = tl.load(wp + d * GROUP_, mask=inside[:, :, None, :], other=0.0, eviction_policy="evict_first")
+            a = tl.load(xp + d * GROUP_, mask=inside, other=0.0).to(tl.float32)
+            a, s = _rounded(a, QUANT)
             if M.layout != "single":
-                value += _weights_times(up + d * GROUP_, inside, a, tl.load(tp + at, mask=some, other=0.0))
-        gate = tl.sum(tl.sum(gate, 2), 1)
-        value = tl.sum(tl.sum(value, 2), 1)
+                u = tl.load(up + d * GROUP_, mask=inside[:, :, None, :], other=0.0, eviction_policy="evict_first")
+                value += _weights_times(u, a, tl.load(tp + at, mask=some, other=0.0) * s)
+            gate += _weights_times(w, a, tl.load(sp + at, mask=some, other=0.0) * s)
+        gate = tl.sum(tl.sum(gate, 1), 0)
+        value = tl.sum(tl.sum(value, 1), 0)
         if factors is not None:
             factor = tl.load(factors + pair).to(tl.float32)
             gate *= factor
             value *= factor
-        here = n < N
-        if W.b.ptr is not None:
-            bias = expert_base(W.b, e, M.b, False) + n * WIDE * W.b.out
-            gate += tl.load(bias, mask=here, other=0.0).to(tl.float32)
-            if M.layout == "interleaved":
-                value += tl.load(bias + W.b.out, mask=here, other=0.0).to(tl.float32)
-            elif M.layout == "concat":
-                value += tl.load(bias + N * W.b.out, mask=here, other=0.0).to(tl.float32)
-        if W.b_up.ptr is not None:
-            bias = expert_base(W.b_up, e, M.b_up, False) + n * W.b_up.out
-            value += tl.load(bias, mask=here, other=0.0).to(tl.float32)
-        y = activate(gate, value, M, out.dtype.element_ty == tl.float32)
+        y = activate(gate + gate_bias, value + value_bias, M, out.dtype.element_ty == tl.float32)
         tl.store(out + pair.to(tl.int64) * N + n, y.to(out.dtype.element_ty), mask=here)
 
 
@@ -120,24 +165,25 @@ def _down_step(
     rows, ids, weights, first, f, row, sp, D, E, Q, W,
     K: tl.constexpr, M: tl.constexpr, QUANT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Products of the groups ``f`` of a token's experts, all in one row: ``[BN, groups, 128]``."""
+    """Products of the groups ``f`` of a token's experts, all in one row: ``[8, groups, BN]``."""
     per = tl.cdiv(D, GROUP_)
     slot, g = f // per, f % per
-    c = tl.arange(0, GROUP_)
     e = tl.load(ids + first + slot, mask=slot < K, other=-1).to(tl.int32)
     valid = (e >= 0) & (e < E)
     weight = valid.to(tl.float32)
     if weights is not None:
         weight = tl.load(weights + first + slot, mask=valid, other=0.0).to(tl.float32)
     e = tl.where(valid, e, 0)
-    k = g[:, None] * GROUP_ + c[None, :]
-    inside = valid[:, None] & (k < D)
-    wp = expert_base(W.w, e, M.w, M.w_aligned)[None, :, None] + (row * W.w.out)[:, None, None] + k[None, :, :]
+    k = _depth(g)
+    inside = valid[None, :, None] & (k < D)
+    base = expert_base(W.w, e, M.w, M.w_aligned)
+    wp = base[None, :, None, None] + (row * W.w.out)[None, None, :, None] + k[:, :, None, :]
     scale = tl.load(sp + e.to(tl.int64) * Q.expert + g * Q.inp, mask=valid, other=0.0)
-    w = tl.load(wp, mask=inside[None, :, :], other=0.0, eviction_policy="evict_first")
+    w = tl.load(wp, mask=inside[:, :, None, :], other=0.0, eviction_policy="evict_first")
     follow(PDL)
-    a = tl.load(rows + (first + slot)[:, None] * D + k, mask=inside, other=0.0).to(tl.float32)
-    return w.to(tl.float32) * (_rounded(a, QUANT) * (scale * weight)[:, None])[None, :, :]
+    a = tl.load(rows + (first + slot)[None, :, None] * D + k, mask=inside, other=0.0).to(tl.float32)
+    a, s = _rounded(a, QUANT)
+    return _weights_times(w, a, scale * weight * s)
 
 
 @triton.jit(do_not_specialize=["E"])
@@ -152,6 +198,7 @@ def scaled_gemv_down_kernel(
     Q,
     W,
     K: tl.constexpr,
+    KP: tl.constexpr,
     M: tl.constexpr,
     BN: tl.constexpr,
     BG: tl.constexpr,
@@ -163,27 +210,13 @@ def scaled_gemv_down_kernel(
     first = tl.program_id(1).to(tl.int64) * K
     row = tl.where(n < N, n, 0).to(tl.int64)
     sp = Q.w + (tl.program_id(0) * BN // GROUP_).to(tl.int64) * Q.row
+    y = _weighted_biases(W, ids, weights, first, n, N, E, K, KP, M)
     f = tl.arange(0, BG)
     acc = _down_step(rows, ids, weights, first, f, row, sp, D, E, Q, W, K, M, QUANT, PDL)
     for at in range(BG, K * tl.cdiv(D, GROUP_), BG):
         acc += _down_step(rows, ids, weights, first, at + f, row, sp, D, E, Q, W, K, M, QUANT, False)
-    y = tl.sum(tl.sum(acc, 2), 1)
-    if W.b.ptr is not None:
-        for k in range(K):
-            e = tl.load(ids + first + k).to(tl.int32)
-            if (e >= 0) & (e < E):
-                weight = 1.0
-                if weights is not None:
-                    weight = tl.load(weights + first + k).to(tl.float32)
-                bias = expert_base(W.b, e, M.b, False) + n * W.b.out
-                y += tl.load(bias, mask=n < N, other=0.0).to(tl.float32) * weight
+    y += tl.sum(tl.sum(acc, 1), 0)
     tl.store(out + tl.program_id(1).to(tl.int64) * N + n, y.to(out.dtype.element_ty), mask=n < N)
-
-
-def _steps(many: int) -> tuple[int, int]:
-    """Columns and groups of one step, out of ``many`` groups."""
-    bg = min(power_of_two(many), 8)
-    return min(MAX_COLUMNS, max(1, WEIGHTS // (bg * 128))), bg
 
 
 def scaled_gemv_up(
@@ -205,11 +238,10 @@ def scaled_gemv_up(
     n, d = projection.columns, projection.depth
 
     def launch() -> Launch:
-        bn, bg = _steps(groups(d))
-        bn = max(1, bn // 2) if projection.epilogue.gated else bn
+        bn, bg = MAX_COLUMNS // 2, min(power_of_two(groups(d)), 8)
         constants = {"K": top_k, "M": projection.meaning, "BN": bn, "BG": bg, "QUANT": quantise}
         grid = (triton.cdiv(n, bn), pairs)
-        return Launch(scaled_gemv_up_kernel, grid, {**constants, "num_warps": 4, **dependent(x)})
+        return Launch(scaled_gemv_up_kernel, grid, {**constants, "num_warps": 2, **dependent(x)})
 
     q = scales_of(projection, PLAIN_ROWS)
     start(launch, x, x.stride(0), ids, factors, out, experts, n, d, q, projection.weights)
@@ -236,10 +268,10 @@ def scaled_gemv_down(
     n, d = projection.columns, projection.depth
 
     def launch() -> Launch:
-        bn, bg = _steps(top_k * groups(d))
-        constants = {"K": top_k, "M": projection.meaning, "BN": bn, "BG": bg, "QUANT": quantise}
-        grid = (triton.cdiv(n, bn), tokens)
-        return Launch(scaled_gemv_down_kernel, grid, {**constants, "num_warps": 4, **dependent(rows)})
+        bn, bg = MAX_COLUMNS, min(power_of_two(top_k * groups(d)), 16)
+        constants = {"K": top_k, "KP": power_of_two(top_k), "M": projection.meaning, "BN": bn, "BG": bg}
+        options = {"QUANT": quantise, "num_warps": 4, **dependent(rows)}
+        return Launch(scaled_gemv_down_kernel, (triton.cdiv(n, bn), tokens), {**constants, **options})
 
     q = scales_of(projection, PLAIN_ROWS)
     start(launch, rows, ids, weights, out, experts, n, d, q, projection.weights)

@@ -11,11 +11,12 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import lru_cache
 
-from .config import DECODE_IDS, GEMV_TOKENS, H200, Device, Plan, Tiles, power_of_two
+from .config import DECODE_IDS, H200, Device, Plan, Tiles, are_vectors, power_of_two
 
-# Pairs times H times I up to which matrix-vector wins: it widens weights on the CUDA cores. Without it rows that are
-# quantised are multiplied as they are, and weights for others are widened all the same.
-GEMV_WEIGHTS = {True: 3 << 23, False: 1 << 26}
+# Up to here weights for rows that are not quantised are best widened on the CUDA cores, pair by pair, though an expert
+# chosen by several tokens is read for each (mean rows per expert): for the tensor cores they must be widened as well.
+WIDENED_TOKENS = 8
+WIDENED_ROWS = 1.5
 FEW_TOKENS = 16  # as many rows as the lowest tile has
 DECODE_TOKENS = 32  # from here on a sort pays
 SMALL_ROWS = 20  # mean rows per expert up to which tiles of 32 rows win
@@ -23,9 +24,12 @@ TALL_ROWS = 64  # the same for tiles of 64, rows not quantised
 DEEP = 4096  # depth from which on longer pipelines win
 
 
-def choose_scaled_path(tokens: int, top_k: int, hidden: int, inter: int, dense: bool, quantise: bool) -> str:
+def choose_scaled_path(
+    tokens: int, top_k: int, experts: int, hidden: int, inter: int, dense: bool, quantise: bool
+) -> str:
     """The path for ``tokens`` rows; ``dense`` as in ``config.choose_path``, ``quantise`` as in ``select_scaled``."""
-    if tokens <= GEMV_TOKENS and dense and tokens * top_k * hidden * inter <= GEMV_WEIGHTS[quantise]:
+    widened = not quantise and tokens <= WIDENED_TOKENS and tokens * top_k <= WIDENED_ROWS * experts
+    if dense and (widened or are_vectors(tokens, top_k, experts, hidden, inter)):
         return "gemv"
     ids = power_of_two(tokens) * power_of_two(top_k)
     return "decode" if tokens <= DECODE_TOKENS and ids <= DECODE_IDS else "sorted"

@@ -2,7 +2,7 @@
 
 Run it with ``PYTORCH_NO_CUDA_MEMORY_CACHING=1``, so that every tensor is an allocation of its own and a byte past its
 end is found. Each case is compared with float64 too; one line per case, the exit status is 1 if any is off.
-``plain`` or ``fp8`` as an argument runs one half.
+``plain``, ``fp8`` or ``vectors`` as arguments run these parts.
 """
 
 from __future__ import annotations
@@ -83,12 +83,36 @@ class Checks(Start):
         self.near(f"{label}, path {chosen.path}", follow_plan(chosen, *args), layer.truth())
 
 
-def plain(checks: Checks) -> None:
-    """Weights as they are."""
+def layers(checks: Checks, *paths: tuple[str, int]) -> None:
     for label, form in FORMS.items():
-        for path, tokens in (("gemv", 2), ("decode", 19), ("decode", 60), ("sorted", 150)):
+        for path, tokens in paths:
             if path != "gemv" or not form.get("transposed"):
                 checks.layer(label, case(tokens, **form), path=path)
+
+
+def scaled_layers(checks: Checks, *paths: tuple[str, int]) -> None:
+    for form in ({}, {"layout": "interleaved", "bias": True}, {"H": 200, "I": 72, "routing": "sentinels"}):
+        for path, tokens in paths:
+            for quantise, scales in ((True, "block"), (False, "block"), (False, "tensor"), (False, "channel")):
+                if scales == "channel" and path == "gemv":
+                    continue
+                layer = case(tokens, **form)
+                up, down = quantised(layer, scales)
+                plan = plan_scaled(layer.ids, layer.E, up, down, quantise, 2, path)
+                args = (layer.x, layer.weights, layer.ids, layer.E, up, down, quantise, False)
+                label = f"fp8 {form}, path {path}, T {tokens}, rows {'fp8' if quantise else 'bf16'}, per {scales}"
+                checks.near(label, follow_scaled(plan, *args, None, checks), run_scaled_twin(*args), 3e-2)
+
+
+def vectors(checks: Checks) -> None:
+    """One or two tokens, weights of both kinds."""
+    layers(checks, ("gemv", 2))
+    scaled_layers(checks, ("gemv", 2))
+
+
+def plain(checks: Checks) -> None:
+    """Weights as they are."""
+    layers(checks, ("decode", 19), ("decode", 60), ("sorted", 150))
     for label, tiles in PLANS.items():
         checks.layer(label, case(331), Plan("sorted", tiles, tiles))
     checks.layer("many chunks", case(2500, K=4), Plan("sorted", POINTERS, POINTERS))
@@ -115,17 +139,7 @@ def plain(checks: Checks) -> None:
 
 def fp8(checks: Checks) -> None:
     """Weights in fp8 with scales, and what lies around DeepGEMM."""
-    for form in ({}, {"layout": "interleaved", "bias": True}, {"H": 200, "I": 72, "routing": "sentinels"}):
-        for path, tokens in (("gemv", 2), ("decode", 19), ("sorted", 40), ("sorted", 150)):
-            for quantise, scales in ((True, "block"), (False, "block"), (False, "tensor"), (False, "channel")):
-                if scales == "channel" and path == "gemv":
-                    continue
-                layer = case(tokens, **form)
-                up, down = quantised(layer, scales)
-                plan = plan_scaled(layer.ids, layer.E, up, down, quantise, 2, path)
-                args = (layer.x, layer.weights, layer.ids, layer.E, up, down, quantise, False)
-                label = f"fp8 {form}, path {path}, T {tokens}, rows {'fp8' if quantise else 'bf16'}, per {scales}"
-                checks.near(label, follow_scaled(plan, *args, None, checks), run_scaled_twin(*args), 3e-2)
+    scaled_layers(checks, ("decode", 19), ("sorted", 40), ("sorted", 150))
     layer = case(70)
     pairs = sort_pairs(layer.ids, 5, 32, start=checks, padded=True)
     rows, scale, _ = quantize_permute(layer.x, pairs, 2, 32, layer.weights, checks)
@@ -142,7 +156,7 @@ def fp8(checks: Checks) -> None:
     checks.near("combine padded", ours, twin)
 
 
-ROOMS = {"plain": plain, "fp8": fp8}
+ROOMS = {"vectors": vectors, "plain": plain, "fp8": fp8}
 
 
 def main() -> int:

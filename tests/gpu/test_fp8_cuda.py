@@ -151,10 +151,11 @@ def by_rule(T: int, H: int, I: int) -> str:
     return "deepgemm" if T >= 128 and I > 512 and I % 128 == 0 and H % 128 == 0 else by_tokens(T)
 
 
-def by_tokens(T: int, weights: int = 0, quantise: bool = True) -> str:
-    """Triton's path; where T <= 2 all columns of this file are a multiple of 8. ``weights``: of all pairs."""
-    few = weights <= (3 * 2**23 if quantise else 2**26)
-    return "gemv" if T <= 2 and few else "decode" if T <= 32 else "sorted"
+def by_tokens(T: int, E: int = 8, K: int = 2, weights: int = 0, quantise: bool = True) -> str:
+    """Triton's path; where ``gemv`` is one all columns of this file are a multiple of 8. ``weights``: of all pairs."""
+    alone = (T == 1 or (T == 2 and T * K < 0.4 * E)) and weights <= 2**27
+    widened = not quantise and T <= 8 and T * K <= 1.5 * E
+    return "gemv" if alone or widened else "decode" if T <= 32 else "sorted"
 
 
 def kernels_of(path: str) -> str:
@@ -221,7 +222,7 @@ def taken() -> Iterator[list[str]]:
 def test_triton(T: int, E: int, K: int, H: int, I: int, taken: list[str]) -> None:
     case = make(T, E, K, H, I, plain=True)
     for quantise in (True, False):
-        first = check_as_vllm(case, taken, by_tokens(T, T * K * H * I, quantise), "triton", quantise)
+        first = check_as_vllm(case, taken, by_tokens(T, E, K, T * K * H * I, quantise), "triton", quantise)
         assert torch.equal(first, op(case, "triton", quantise)), "two runs differ"
 
 
@@ -363,11 +364,11 @@ def test_borders(T: int, H: int, I: int, taken: list[str]) -> None:
 
 
 @pytest.mark.parametrize(("H", "I"), [(512, 513), (320, 640), (2880, 200), (136, 72)])
-@pytest.mark.parametrize("T", [2, 16, 300])
+@pytest.mark.parametrize("T", [1, 2, 16, 300])
 def test_odd_sizes(T: int, H: int, I: int, taken: list[str]) -> None:
     """Of columns that are not a multiple of 8 ``gemv`` takes none."""
-    path = by_tokens(T) if I % 8 == 0 or T > 2 else "decode"
     for quantise in (True, False):
+        path = by_tokens(T, quantise=quantise) if I % 8 == 0 or T > 2 else "decode"
         check(make(T, H=H, I=I), taken, path, "triton", quantise, w8a8=FEW_VALUES)
 
 
@@ -384,8 +385,8 @@ def test_forms(path: str, name: str, K: int, on_input: bool, taken: list[str]) -
     """Activations and layouts, weights on either side; some pairs have no expert, and two runs give the same bits."""
     need_deepgemm(path)
     act = GPT_OSS if name == "gpt-oss" else Activation(name, gated=name != "relu2")
-    case = make(TOKENS[path], K=K, act=act, interleaved=name == "gpt-oss", on_input=on_input)
-    case.ids[1::5] = 8
+    case = make(TOKENS[path], E=16, K=K, act=act, interleaved=name == "gpt-oss", on_input=on_input)
+    case.ids[1::5] = 16
     first = check(case, taken, path, kernels_of(path))
     assert not first[1::5].any()
     assert torch.equal(first, op(case, kernels_of(path))), "two runs differ"
@@ -404,13 +405,13 @@ def test_skew(path: str, taken: list[str]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("T", [2, 16, 300])
+@pytest.mark.parametrize("T", [1, 2, 16, 300])
 def test_dtypes(T: int, dtype: torch.dtype, taken: list[str]) -> None:
     """Rows that are not bfloat16 are Triton's."""
     case = make(T, dtype=dtype)
     for kernels in ("auto", "vllm"):
         check(case, taken, by_tokens(T), kernels)
-    check(case, taken, by_tokens(T), "auto", quantise=False)
+    check(case, taken, by_tokens(T, quantise=False), "auto", quantise=False)
     with pytest.raises(KernelUnavailable, match="MC401"):
         op(case, "deepgemm")
 

@@ -154,8 +154,13 @@ def test_chosen_path(T: int, taken: list[str]) -> None:
         assert run(case).shape == (0, 256)
         return
     check(case)
-    expected = "gemv" if T <= 2 else "decode" if T <= 64 else "sorted"
+    expected = "gemv" if T == 1 else "decode" if T <= 64 else "sorted"
     assert set(taken) == {expected}
+
+
+def test_two_tokens_of_many_experts(taken: list[str]) -> None:
+    check(layer(2, 32, 4, 256, 128, dtype=torch.bfloat16))
+    assert set(taken) == {"gemv"}
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -49,7 +49,7 @@ def test_heights_without_a_sort(monkeypatch: pytest.MonkeyPatch, tail: int) -> N
 def test_plans_fit(name: str, elements: int, shared: int) -> None:
     E, K, H, I = LAYERS[name]
     for tokens in (1, 2, 3, 16, 64, 65, 128, 129, 512, 1024, 4096, 16384):
-        path = config.choose_path(tokens, K)
+        path = config.choose_path(tokens, K, E, H, I)
         device = config.H200._replace(shared=shared)
         plan = config.select(path, tokens, K, E, H, I, elements, device, (True, True))
         assert (plan.up.bm, plan.up.rest) == (plan.down.bm, plan.down.rest)
@@ -79,11 +79,30 @@ def test_shared_memory_is_measured_on_hopper_only() -> None:
 
 
 def test_paths() -> None:
-    assert config.choose_path(1, 8) == "gemv"
-    assert config.choose_path(1, 8, dense=False) == "decode"
-    assert config.choose_path(64, 2) == "decode"
-    assert config.choose_path(65, 8) == "sorted"
-    assert config.choose_path(64, 128) == "sorted"  # more ids than one program should hold
+    qwen3, gpt_oss = (8, 128, 2048, 768), (4, 32, 2880, 2880)
+    for tokens, layer, path in [
+        (1, qwen3, "gemv"),
+        (2, qwen3, "gemv"),
+        (3, qwen3, "decode"),
+        (64, qwen3, "decode"),
+        (65, qwen3, "sorted"),
+        (2, gpt_oss, "gemv"),
+        (1, (2, 4, 2880, 2880), "gemv"),  # one token has no two rows for an expert
+        (2, (2, 8, 2048, 768), "decode"),  # two tokens: two may well choose the same of eight
+        (1, (8, 64, 7168, 2048), "gemv"),
+        (2, (8, 64, 7168, 2048), "decode"),  # so many weights keep the tensor cores' loads busy
+        (64, (128, 256, 64, 64), "sorted"),  # more ids than one program should hold
+    ]:
+        assert config.choose_path(tokens, *layer) == path, (tokens, layer)
+    assert config.choose_path(1, *qwen3, dense=False) == "decode"
+
+
+def test_uneven_rows_have_tall_tiles() -> None:
+    """From 60 rows per expert on: where one expert has a thousand, low tiles read its weights over and over."""
+    heights = [
+        config.select("sorted", tokens, 8, 128, 2048, 768, 2, tma=(True, True)).up.bm for tokens in (960, 976, 1024)
+    ]
+    assert heights == [64, 128, 128]
 
 
 @pytest.mark.parametrize("tokens", [3, 16, 17, 32, 33, 64])

@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from layers import Layer, quantised, relative_error
 from triton.runtime.errors import InterpreterError
 
+from moe_compile.kernels import scaled_gemv
 from moe_compile.kernels.config import Plan, Tiles
 from moe_compile.kernels.quantize import (
     activate_quantize,
@@ -98,13 +101,13 @@ def test_a_scale_per_channel_has_no_matrix_vector_kernel() -> None:
     ("tokens", "shape", "path", "up_stages", "down"),
     [
         (1, (128, 8, 2048, 768), "gemv", 5, (128, 5)),
-        (1, (64, 8, 7168, 2048), "decode", 5, (128, 5)),  # 128 tiles on 132 processors
+        (1, (64, 8, 7168, 2048), "gemv", 5, (128, 5)),  # 128 tiles on 132 processors
         (2, (64, 8, 7168, 2048), "decode", 3, (128, 5)),
         (4, (64, 8, 7168, 2048), "decode", 5, (128, 5)),  # 512: more than two to a processor
-        (1, (8, 2, 4096, 14336), "decode", 3, (64, 8)),
+        (1, (8, 2, 4096, 14336), "gemv", 3, (64, 8)),
         (2, (8, 2, 4096, 14336), "decode", 5, (128, 5)),
-        (1, (32, 4, 2880, 2880), "decode", 5, (128, 5)),
-        (2, (32, 4, 2880, 2880), "decode", 3, (128, 5)),
+        (1, (32, 4, 2880, 2880), "gemv", 5, (128, 5)),
+        (2, (32, 4, 2880, 2880), "gemv", 3, (128, 5)),
     ],
 )
 def test_plans_for_few_tokens(
@@ -112,7 +115,7 @@ def test_plans_for_few_tokens(
 ) -> None:
     """As an H200 was fastest: tiles and stages by how many programs there are for its 132 processors."""
     E, K, H, I = shape
-    assert choose_scaled_path(tokens, K, H, I, dense=True, quantise=True) == path
+    assert choose_scaled_path(tokens, K, E, H, I, dense=True, quantise=True) == path
     plan = select_scaled("decode", tokens, K, E, H, I, True, True, 2)
     assert (plan.up.wn, plan.up.stages, plan.down.wn, plan.down.stages) == (256, up_stages, *down)
     plain = select_scaled("decode", tokens, K, E, H, I, True, False, 2)
@@ -120,9 +123,35 @@ def test_plans_for_few_tokens(
 
 
 def test_unquantised_rows_stay_longer_with_matrix_vector_products() -> None:
-    sizes = (1, 4, 2880, 2880)
-    assert choose_scaled_path(*sizes, dense=True, quantise=False) == "gemv"
-    assert choose_scaled_path(*sizes, dense=True, quantise=True) == "decode"
+    def paths(tokens: int, experts: int, top_k: int, dense: bool = True) -> tuple[str, str]:
+        sizes = (tokens, top_k, experts, 2880, 2880)
+        first, second = (choose_scaled_path(*sizes, dense=dense, quantise=quantise) for quantise in (False, True))
+        return first, second
+
+    assert paths(8, 32, 4) == ("gemv", "decode")
+    assert paths(9, 32, 4) == ("decode", "decode")
+    assert paths(6, 8, 2) == ("gemv", "decode")
+    assert paths(7, 8, 2) == ("decode", "decode")  # nearly two rows per expert
+    assert paths(1, 32, 4, dense=False) == ("decode", "decode")
+
+
+@triton.jit
+def _round_row(x, q, scale, BG: tl.constexpr):
+    g = tl.arange(0, BG)
+    at = scaled_gemv._depth(g)
+    values, scales = scaled_gemv._rounded(tl.load(x + at), True)
+    tl.store(q + at, values)
+    tl.store(scale + g, scales)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_vectors_are_rounded_to_the_bits_of_the_twin(seed: int) -> None:
+    """Values of bfloat16 lie on ties of fp8: with ``a * (1 / scale)`` some round to the other neighbour."""
+    x = torch.randn(1, 2048, generator=torch.Generator().manual_seed(seed)).bfloat16().float()
+    q, scale = torch.empty_like(x), torch.empty(1, 16)
+    _round_row[(1,)](x, q, scale, BG=16)
+    expected, scales = quantize_twin(x)
+    assert torch.equal(q, expected.float()) and torch.equal(scale, scales)
 
 
 def test_half_tiles_of_the_second_gemm() -> None:
