@@ -4,7 +4,7 @@
 
 The pre-grad slot sees Dynamo's graph, the vocabulary that the canonical copy is made from. ``uuid()`` covers every
 source file of the package and the options, so Inductor's and AOTAutograd's caches still hit; on torch 2.12 and later
-the pass is then not even called on a warm start.
+the pass is then not even called on a warm start, and so reports nothing. ``moe_compile.explain`` looks without them.
 """
 
 from __future__ import annotations
