@@ -39,7 +39,8 @@ from moe_compile.spec import Activation, NoMatch  # noqa: E402
 # GEMMs do, as tensor cores add fp8 products with some 14 bits; with few values the share varies. ROUNDED is that of
 # a value in fp8.
 W8A8, FEW_VALUES, W8A16, FP32, ROUNDED = 0.016, 0.025, 0.006, 1e-5, 0.04
-TOKENS = {"gemv": 2, "decode": 16, "sorted": 300, "deepgemm": 300}  # that take a path; DeepGEMM by name
+# that take a path, two tokens with 16 experts; DeepGEMM by name
+TOKENS = {"gemv": 2, "decode": 16, "sorted": 300, "deepgemm": 300}
 
 # (T, I, H) of vLLM's grids.
 BLOCK_GRID = (
